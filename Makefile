@@ -1,0 +1,40 @@
+# Two commands for everybody: `make demo` (the study, on this machine) and `make test` (what CI runs).
+# Each sets itself up: a virtual environment in .venv with the package and its development tools.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND ?= agg
+
+.PHONY: demo test lab docs clean install
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   run the five methods on MTIL-mini and write runs/demo/report.html"
+	@echo "make test   run every notebook (nbdev_test) and every test (pytest)"
+	@echo "make lab    open the notebooks in JupyterLab"
+	@echo "make docs   README.md and one HTML page per notebook in _docs/"
+	@echo "make clean  remove what these commands made (not your runs)"
+
+install: .venv/installed
+
+.venv/installed: setup.py settings.ini pyproject.toml
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/moe-merge -m experiment=demo
+	$(BIN)/moe-merge-report runs/demo
+
+test: install
+	timeout 1800 $(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest
+
+lab: install
+	$(BIN)/jupyter lab nbs
+
+docs: install
+	$(BIN)/python tools/build_docs.py --site
+
+clean:
+	rm -rf .venv _docs _proc build dist *.egg-info .pytest_cache
