@@ -6,6 +6,7 @@
 __all__ = ['Route', 'mix_loop', 'selected', 'mix_stacked', 'Routing', 'once', 'MoE', 'route', 'mixture']
 
 # %% ../nbs/32_moe.ipynb #902bedf7
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -84,6 +85,7 @@ class MoE(nn.Module):
         super().__init__()
         self.tower, self.block, self.width, self.gate, self.mix = tower, block, width, gate, mix
         self.experts = make_experts(n_experts, width, rank, scale, dropout, shared_init)
+        self.base = copy.deepcopy(self.experts[0]).requires_grad_(False) if shared_init else None    # theta_0
         self.routers = nn.ModuleList()
         self.register_buffer('frozen', torch.zeros(n_experts, dtype=torch.bool))
 
