@@ -83,6 +83,7 @@ class Learner:
     index:int # of the task in the stream
     optimizer:torch.optim.Optimizer
     settings:Train
+    tokens:Tensor # (classes, context) the task's prompts
     iteration:int=0 # iterations done
     loss:float=math.nan # of the last iteration
     usage:Usage=field(default_factory=Usage) # of this task so far
@@ -95,10 +96,10 @@ class Callback:
     def after_task(self, learner:Learner): pass
 
 # %% ../nbs/50_train.ipynb #71cd0c53
-def step(learner:Learner, images:Tensor, labels:Tensor, tokens:Tensor):
+def step(learner:Learner, images:Tensor, labels:Tensor):
     "One iteration: loss, gradients, AdamW."
     model, s = learner.model, learner.settings
-    texts = model.encode_text(tokens, learner.index, learner.usage)                                 # (classes, d)
+    texts = model.encode_text(learner.tokens, learner.index, learner.usage)                                 # (classes, d)
     logits = class_logits(model.encode_image(images, learner.index, learner.usage), texts, model.logit_scale)
     loss = F.cross_entropy(logits, labels, label_smoothing=s.label_smoothing)
     learner.optimizer.zero_grad(set_to_none=True)
@@ -121,14 +122,14 @@ def train_task(
     "Train `task`; the random state of the caller is left as it was."
     optimizer = torch.optim.AdamW(trainable(model, tune), lr=lr or settings.lrs(1)[0], betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, settings.iterations, settings.warmup))
-    learner, tokens = Learner(model, task, index, optimizer, settings), tokenizer(prompts(task))
+    learner = Learner(model, task, index, optimizer, settings, tokenizer(prompts(task)))
     order = batch_indices(len(task.train), settings.batch, settings.iterations, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.train()
         for c in callbacks: c.before_task(learner)
         for images, labels in DataLoader(task.train, batch_sampler=order, num_workers=settings.workers):
-            step(learner, images, labels, tokens)
+            step(learner, images, labels)
             schedule.step()
             for c in callbacks: c.after_step(learner)
         model.eval()
