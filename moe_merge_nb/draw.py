@@ -40,15 +40,18 @@ def place(
     glyphs:torch.Tensor, # (n, 4, 2*size, 2*size) premultiplied
     turn:float=20, # degrees, to either side
     scale:tuple[float, float]=(.65, 1.1), # 1 = the glyph fills the image
+    stretch:float=.25, # width over height, away from 1
     mirror:bool=True, # half of them
     size:int=32, # pixels of the result
 )->torch.Tensor: # (n, 4, size, size)
-    "Each glyph with a random position, size, turn and mirroring."
+    "Each glyph with a random position, size, shape, turn and mirroring."
     n = len(glyphs)
     s, a = rng.uniform(*scale, n), np.deg2rad(rng.uniform(-turn, turn, n))
     m = rng.choice([-1, 1], n) if mirror else np.ones(n)
+    k = rng.uniform(1 - stretch, 1 + stretch, n)**.5
     t = rng.uniform(-1, 1, (2, n)) * (.06 + .6*np.maximum(0, 1 - s))
-    q = np.stack([m*np.cos(a)/s, m*np.sin(a)/s, -t[0]/s, -np.sin(a)/s, np.cos(a)/s, -t[1]/s], 1).reshape(n, 2, 3)
+    R = np.stack([m*np.cos(a)/k, m*np.sin(a)/k, -np.sin(a)*k, np.cos(a)*k], 1).reshape(n, 2, 2) / s[:, None, None]
+    q = np.concatenate([R, -R @ t.T[:, :, None]], 2) # (n, 2, 3)
     grid = F.affine_grid(torch.from_numpy(q).float(), (n, 4, 2*size, 2*size), align_corners=False)
     return F.avg_pool2d(F.grid_sample(glyphs, grid, align_corners=False), 2)
 
@@ -57,7 +60,7 @@ def colours(
     rng:np.random.Generator,
     n:int,
     palette:list, # of (red, green, blue), 0 to 255
-    jitter:float=.06, # standard deviation around the palette, of 1
+    jitter:float=.05, # standard deviation around the palette, of 1
 )->torch.Tensor: # (n, 3, 1, 1) in [0, 1]
     "A colour near one of the `palette` for each image."
     c = np.array(palette)[rng.integers(len(palette), size=n)] / 255 + rng.normal(0, jitter, (n, 3))
@@ -136,7 +139,7 @@ def scenery(rng, n):
 BACKGROUNDS = {'sky': sky, 'meadow': meadow, 'road': road, 'room': room, 'leaves': leaves, 'plate': plate, 'home': home, 'scenery': scenery}
 
 # %% ../nbs/11_draw.ipynb #5eb07b1c
-def _recolour(rng, layer, mix=.14, light=.15):
+def _recolour(rng, layer, mix=.18, light=.15):
     "Premultiplied colours mixed by a random matrix per image; opacity stays"
     n = len(layer)
     m = np.eye(3) + rng.uniform(-mix, mix, (n, 3, 3))

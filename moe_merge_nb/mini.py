@@ -35,7 +35,7 @@ class Domain(NamedTuple):
 _SEVERAL = ('a photo of a {}.', 'a drawing of a {}.', 'a cartoon {}.', 'a photo of the {}.') # of CLIP's lists for Caltech101
 DOMAINS = {
     'Aircraft': Domain('airplane ✈, small airplane 🛩, airplane departure 🛫, airplane arrival 🛬, helicopter 🚁, rocket 🚀, flying saucer 🛸, satellite 🛰, parachute 🪂, kite 🪁',
-        ('a photo of a {}, a type of aircraft.', 'a photo of the {}, a type of aircraft.'), 'sky', 12),
+        ('a photo of a {}, a type of aircraft.', 'a photo of the {}, a type of aircraft.'), 'sky', 16),
     'Caltech': Domain('hammer 🔨, key 🔑, umbrella ☂🌂, guitar 🎸, camera 📷📸, laptop 💻, telephone 📞☎, watch ⌚, scissors ✂, light bulb 💡, book 📕📗📘, chair 🪑💺, crown 👑, anchor ⚓, bell 🔔, trophy 🏆, violin 🎻, balloon 🎈, lipstick 💄, magnet 🧲',
         _SEVERAL, 'room', 40),
     'CIFAR': Domain('bird 🐦🕊🦅🐤, fish 🐟🐠🐡, ship 🚢🛳⛴, truck 🚚🚛🛻, cat 🐈, dog 🐕🐩, horse 🐎🏇, frog 🐸, deer 🦌, monkey 🐒, elephant 🐘, whale 🐋🐳, turtle 🐢, crab 🦀, butterfly 🦋, snake 🐍, bee 🐝, bicycle 🚲, bed 🛏🛌, clock 🕐🕓🕘⏰',
@@ -48,11 +48,11 @@ DOMAINS = {
         ('a photo of a {}, a type of food.',), 'plate', 180),
     'MNIST': Domain(', '.join('0123456789'), ('a photo of the number: "{}".',)),
     'Pets': Domain('cat face 🐱, dog face 🐶, fox 🦊, bear 🐻, panda 🐼, koala 🐨, tiger face 🐯, lion 🦁, cow face 🐮, pig face 🐷, mouse face 🐭, hamster 🐹, rabbit face 🐰, wolf 🐺, monkey face 🐵, frog 🐸',
-        ('a photo of a {}, a type of pet.',), 'home', 20),
+        ('a photo of a {}, a type of pet.',), 'home', 22),
     'Cars': Domain('automobile 🚗, taxi 🚕, sport utility vehicle 🚙, bus 🚌, trolleybus 🚎, racing car 🏎, police car 🚓, ambulance 🚑, fire engine 🚒, minibus 🚐, delivery truck 🚚, articulated lorry 🚛, tractor 🚜, pickup truck 🛻, motorcycle 🏍, tram car 🚋',
-        ('a photo of a {}, a type of car.',), 'road', 12),
+        ('a photo of a {}, a type of car.',), 'road', 14),
     'SUN': Domain('house 🏠🏡, castle 🏰🏯, church ⛪, mosque 🕌, hospital 🏥, school 🏫, factory 🏭, stadium 🏟, ferris wheel 🎡, mountain 🏔⛰, volcano 🌋, beach with umbrella 🏖, desert 🏜, desert island 🏝, bridge at night 🌉, fountain ⛲, tent ⛺, cityscape 🏙, sunrise 🌅, classical building 🏛',
-        ('a photo of a {}.', 'a photo of the {}.'), 'scenery', 12)}
+        ('a photo of a {}.', 'a photo of the {}.'), 'scenery', 14)}
 
 # %% ../nbs/12_mini.ipynb #0006e2a8
 @cached
@@ -97,7 +97,7 @@ def draw_split(
     return pictures(rng, chars, domain.background, domain.turn, domain.coarse), labels
 
 # %% ../nbs/12_mini.ipynb #3d7005b5
-_DRAWINGS = 1 # version of the drawings, part of the file name: raise it whenever a pixel changes
+_DRAWINGS = 2 # version of the drawings, part of the file name: raise it whenever a pixel changes
 
 def _draw_all(data_seed, sizes):
     "Every image and label of the stream, `{'Pets.0.images': ..., 'Pets.0.labels': ...}`"

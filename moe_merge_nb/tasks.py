@@ -47,19 +47,6 @@ def stack(
     return torch.cat(images), torch.cat(labels)
 
 # %% ../nbs/10_tasks.ipynb #9bc9ba97
-@dataclass(frozen=True, repr=False)
-class Task:
-    "One image classification task, told in words."
-    name:str # unique in its stream
-    classes:tuple[str, ...] # the name of label 0, 1, ...
-    templates:tuple[str, ...] # each with one '{}' for the class name; the first is the training prompt
-    train:Dataset # (image (3, H, W), label int)
-    test:Dataset # (image (3, H, W), label int)
-    def __post_init__(self):
-        for field in ('classes', 'templates'): object.__setattr__(self, field, _names(self.name, field, getattr(self, field)))
-        _check_task(self)
-    def __repr__(self): return f'Task({self.name}: {len(self.classes)} classes, {len(self.train)} train, {len(self.test)} test)'
-
 def _names(task, field, values):
     "`values` as a tuple; a lone string, which Python would take apart into letters, is refused"
     if isinstance(values, str): raise ValueError(f'task {task!r}: {field} is the string {values!r}; give a tuple of strings')
@@ -75,6 +62,20 @@ def _check_task(t):
         if s.count('{}') != 1: raise ValueError(f"task {t.name!r}: template {s!r} has {s.count('{}')} gaps; it needs exactly one '{{}}'")
     for split in ('train', 'test'):
         if not len(getattr(t, split)): raise ValueError(f'task {t.name!r}: {split} has 0 images; it needs at least 1')
+
+# %% ../nbs/10_tasks.ipynb #3e4a7bda
+@dataclass(frozen=True, repr=False)
+class Task:
+    "One image classification task, told in words."
+    name:str # unique in its stream
+    classes:tuple[str, ...] # the name of label 0, 1, ...
+    templates:tuple[str, ...] # each with one '{}' for the class name; the first is the training prompt
+    train:Dataset # (image (3, H, W), label int)
+    test:Dataset # (image (3, H, W), label int)
+    def __post_init__(self):
+        for field in ('classes', 'templates'): object.__setattr__(self, field, _names(self.name, field, getattr(self, field)))
+        _check_task(self)
+    def __repr__(self): return f'Task({self.name}: {len(self.classes)} classes, {len(self.train)} train, {len(self.test)} test)'
 
 # %% ../nbs/10_tasks.ipynb #002435d6
 def prompts(

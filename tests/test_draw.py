@@ -20,7 +20,7 @@ def test_a_character_outside_the_font_is_refused():
 
 def test_without_freedom_place_only_shrinks_the_glyph():
     g = glyph('🔑')[None]
-    out = place(np.random.default_rng(0), g, turn=0, scale=(1, 1), mirror=False)
+    out = place(np.random.default_rng(0), g, turn=0, scale=(1, 1), stretch=0, mirror=False)
     small = torch.nn.functional.avg_pool2d(g, 2)
     shifts = [(out - small.roll((dy, dx), (2, 3))).abs().mean() for dx in (-1, 0, 1) for dy in (-1, 0, 1)]
     assert out.shape == (1, 4, 32, 32) and min(shifts) < .05 # at most a pixel aside
@@ -44,4 +44,4 @@ def test_pictures_are_bytes_decided_by_the_generator():
     a, b, c = (pictures(np.random.default_rng(s), list('🚜🚁'), 'sky') for s in (0, 0, 1))
     assert a.dtype == np.uint8 and a.shape == (2, 3, 32, 32)
     assert (a == b).all() and (a != c).any()
-    with pytest.raises(ValueError, match='BACKGROUNDS|choose one of'): pictures(np.random.default_rng(0), ['🚜'], 'moon')
+    with pytest.raises(ValueError, match='choose one of'): pictures(np.random.default_rng(0), ['🚜'], 'moon')

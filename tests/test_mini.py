@@ -40,7 +40,7 @@ def test_splits_are_balanced_and_follow_the_data_seed():
 def test_the_second_call_reads_the_cache_and_gives_the_same_stream():
     with tempfile.TemporaryDirectory() as d:
         a, b = (mini(n_train=40, n_test=20, cache=d) for _ in range(2))
-        assert [p.name for p in Path(d).iterdir()] == ['mini-v1-seed0-40-20.npz']
+        assert [p.name for p in Path(d).iterdir()] == ['mini-v2-seed0-40-20.npz']
         c = mini(n_train=40, n_test=30, cache=d) # more test images
         other = mini(data_seed=1, n_train=40, n_test=20, cache=d)
     for ta, tb, tc, to in zip(a, b, c, other):

@@ -7,12 +7,12 @@ from moe_merge_nb.tasks import Images, Stream, Task, first, reorder, stack, toy_
 
 def test_a_batch_is_the_single_images_stacked():
     rng = np.random.default_rng(0)
-    data = Images(rng.integers(0, 256, (6, 3, 4, 4), dtype='uint8'), range(6))
-    for (a, la), i in zip(data.__getitems__([4, 0, 5]), [4, 0, 5]):
-        b, lb = data[i]
+    six = Images(rng.integers(0, 256, (6, 3, 4, 4), dtype='uint8'), range(6))
+    for (a, la), i in zip(six.__getitems__([4, 0, 5]), [4, 0, 5]):
+        b, lb = six[i]
         assert torch.equal(a, b) and la == lb == i
-    assert torch.equal(((data[2][0].view(3, -1) * torch.tensor([.26862954, .26130258, .27577711])[:, None]
-        + torch.tensor([.48145466, .4578275, .40821073])[:, None]) * 255).round().byte(), data.images[2].view(3, -1))
+    mu, sigma = torch.tensor([.48145466, .4578275, .40821073]).view(3, 1, 1), torch.tensor([.26862954, .26130258, .27577711]).view(3, 1, 1)
+    assert torch.equal(((six[2][0]*sigma + mu) * 255).round().byte(), six.images[2]) # the way back
 
 
 def test_floats_and_a_wrong_number_of_labels_are_refused():
@@ -21,10 +21,10 @@ def test_floats_and_a_wrong_number_of_labels_are_refused():
 
 
 def test_stack_keeps_the_order():
-    data = Images(np.arange(7, dtype='uint8').repeat(12).reshape(7, 3, 2, 2), [6, 5, 4, 3, 2, 1, 0])
-    images, labels = stack(data, batch_size=3)
-    assert labels.tolist() == [6, 5, 4, 3, 2, 1, 0]
-    assert torch.equal(images, torch.stack([data[i][0] for i in range(7)]))
+    seven = Images(np.arange(7, dtype='uint8').repeat(12).reshape(7, 3, 2, 2), [6, 5, 4, 3, 2, 1, 0])
+    x, y = stack(seven, batch_size=3)
+    assert y.tolist() == [6, 5, 4, 3, 2, 1, 0]
+    assert torch.equal(x, torch.stack([seven[i][0] for i in range(7)]))
 
 
 def test_impossible_tasks_are_refused():
