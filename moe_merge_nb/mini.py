@@ -152,7 +152,8 @@ def mini(
     path = Path(cache or platformdirs.user_cache_dir('moe_merge_nb'))/f'mini-v{_DRAWINGS}-seed{data_seed}-{n_train}-{n_test}.npz'
     arrays = _read(path, (n_train, n_test))
     if arrays is None: _write(path, arrays := _draw_all(data_seed, (n_train, n_test)))
-    return reorder(Stream('mini', tuple(_task(name, arrays, shots) for name in DOMAINS)), ORDERS[order])
+    info = dict(data_seed=data_seed, order=order, n_train=n_train, n_test=n_test, shots=shots)
+    return reorder(Stream('mini', tuple(_task(name, arrays, shots) for name in DOMAINS), info), ORDERS[order])
 
 def _task(name, arrays, shots):
     "One domain as a task"

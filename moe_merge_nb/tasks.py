@@ -7,7 +7,7 @@ __all__ = ['normalise', 'Images', 'stack', 'Task', 'prompts', 'Stream', 'reorder
 
 # %% ../nbs/10_tasks.ipynb #845e48e7
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -91,6 +91,7 @@ class Stream:
     "Tasks in the order of learning."
     name:str
     tasks:tuple[Task, ...]
+    info:dict = field(default_factory=dict) # how it was made (data_seed, order, ...): goes into every result
     def __post_init__(self):
         object.__setattr__(self, 'tasks', tuple(self.tasks))
         if not self.tasks: raise ValueError(f'stream {self.name!r} has 0 tasks; it needs at least 1')
@@ -112,7 +113,7 @@ def reorder(
     if sorted(names) != sorted(stream.names):
         raise ValueError(f'order {list(names)} is no permutation of the tasks of {stream.name!r}: {stream.names}; name each of them once')
     by_name = {t.name: t for t in stream}
-    return Stream(stream.name, tuple(by_name[n] for n in names))
+    return replace(stream, tasks=tuple(by_name[n] for n in names))
 
 def first(
     stream:Stream,
@@ -120,7 +121,7 @@ def first(
 )->Stream:
     "The first `n` tasks of `stream`; ValueError if it has fewer."
     if not 1 <= n <= len(stream): raise ValueError(f'cannot take the first {n} tasks of {stream.name!r}; choose 1 to {len(stream)}')
-    return Stream(stream.name, stream.tasks[:n])
+    return replace(stream, tasks=stream.tasks[:n])
 
 # %% ../nbs/10_tasks.ipynb #4c6bfb75
 _SHAPES = {
@@ -162,4 +163,4 @@ def toy_stream(
     for name, n, limit in (('n_tasks', n_tasks, len(_SHAPES)), ('n_classes', n_classes, len(_COLOURS))):
         if not 1 <= n <= limit: raise ValueError(f'{name} is {n}; toy_stream can draw 1 to {limit}')
     classes = list(_COLOURS)[:n_classes]
-    return Stream('toy', tuple(_toy_task(s, classes, n_train, n_test, seed) for s in list(_SHAPES)[:n_tasks]))
+    return Stream('toy', tuple(_toy_task(s, classes, n_train, n_test, seed) for s in list(_SHAPES)[:n_tasks]), dict(data_seed=seed))

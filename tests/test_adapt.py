@@ -72,8 +72,19 @@ def test_a_copy_has_mixtures_of_its_own():
 def test_impossible_sizes_and_tasks_are_refused():
     clip, _ = load_clip('pico', 'random')
     with pytest.raises(ValueError, match='top_k is 9, but there are 8'): AdaptedCLIP(clip, n_experts=8, top_k=9)
+    with pytest.raises(ValueError, match='gate is'): AdaptedCLIP(clip, gate='best')
     with pytest.raises(ValueError, match='rank is 0'): AdaptedCLIP(clip, rank=0)
     with pytest.raises(ValueError, match='task is 0, but 0 tasks'): AdaptedCLIP(clip).encode_image(torch.zeros(1, 3, 32, 32), 0)
+
+
+def test_another_gate_function_can_be_passed_in():
+    adapted, images, _ = trained_like(gate='top_p', top_p=1.)
+    seen = []; adapted.encode_image(images, 0, probe=seen.append)
+    assert (seen[0].gates > 0).all()
+    one = lambda h: (h == h.max(1, keepdim=True).values).float()
+    adapted, images, _ = trained_like(gate=one)
+    seen = []; adapted.encode_image(images, 0, probe=seen.append)
+    assert (seen[0].gates.sum(1) == 1).all()
 
 
 def test_only_what_is_named_is_opened():
