@@ -2,6 +2,23 @@
 
 
 import numpy as np, pandas as pd, pytest, torch
+from moe_merge_nb.adapt import AdaptedCLIP
+from moe_merge_nb.backbone import load_clip
+from moe_merge_nb.evaluate import averaged, class_embeddings, evaluate, mtil_metrics, plain_pass, routed
+from moe_merge_nb.select import Latest, Oracle, dataset_features, make_selector
+from moe_merge_nb.tasks import prompts, stack, toy_stream
+
+def toy_model(n_tasks=2, seed=0):
+    "An adapted CLIP whose adapters say something: random, not trained"
+    clip, tokenizer = load_clip('pico', 'random')
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AdaptedCLIP(clip, n_experts=4, rank=4, scale=1.)
+        for _ in range(n_tasks): model.add_task()
+        for m in model.moes:
+            for e in m.experts: torch.nn.init.normal_(e.up.weight, std=.3)
+            for r in m.routers: [torch.nn.init.normal_(w) for w in r.parameters()]
+    return model.eval(), tokenizer
 
 
 def test_metrics_of_a_hand_made_matrix():
@@ -31,3 +48,94 @@ def test_incomplete_matrices_are_refused():
     with pytest.raises(ValueError, match=r'\(2, 3\)'): mtil_metrics(np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r'\(0, 0\)'): mtil_metrics(np.zeros((0, 0)))
     with pytest.raises(ValueError, match=r'A\[1, 0\] is nan'): mtil_metrics([[1, 2], [np.nan, 3]])
+
+
+def test_class_embeddings_average_unit_features_over_templates():
+    net, tok = toy_model()
+    task = toy_stream(1)[0]
+    a, b = (net.encode_text(tok(prompts(task, t)), 1) for t in task.templates)
+    mean = a/a.norm(dim=1, keepdim=True) + b/b.norm(dim=1, keepdim=True)
+    w = class_embeddings(net, tok, task, 1)
+    torch.testing.assert_close(w, mean/mean.norm(dim=1, keepdim=True))
+    assert not torch.allclose(w, class_embeddings(net, tok, task, -1), atol=1e-2) # whose routers matters
+
+
+def test_plain_logits_are_those_of_clip():
+    net, tok = toy_model()
+    task = toy_stream(1)[0]
+    images, labels = stack(task.test)
+    p = plain_pass(net, tok, task, batch=7)
+    z, w = net.clip.encode_image(images), class_embeddings(net, tok, task)
+    torch.testing.assert_close(p['logits'], net.logit_scale.exp()*z/z.norm(dim=1, keepdim=True) @ w.T, rtol=1e-4, atol=1e-4)
+    assert (p['labels'] == labels).all()
+
+
+def test_strategies():
+    say = {-1: torch.tensor([[9., 0, 0], [.1, 0, 0]]), 0: torch.tensor([[0, 3., 0], [0, 3, 0]])}
+    assert routed(say.get, 0).argmax(1).tolist() == [1, 1] and averaged(say.get, 0).argmax(1).tolist() == [0, 1]
+    torch.testing.assert_close(averaged(say.get, -1), say[-1].softmax(1)) # two equal opinions
+
+
+def test_evaluation_does_not_depend_on_the_batch_size():
+    net, tok = toy_model()
+    toys, picks = toy_stream(3), {name: make_selector(name) for name in ('oracle', 'none', 'gaussian', 'autoencoder')}
+    for task in toys.tasks[:2]:
+        for s in picks.values(): s.fit(*dataset_features(net.clip, task.train))
+    one, some, every = (evaluate(net, tok, toys, picks, after='circles', batch=b) for b in (1, 7, 100))
+    for a in (one, some):
+        pd.testing.assert_frame_equal(a.matrix, every.matrix)
+        pd.testing.assert_frame_equal(a.selection, every.selection)
+    assert every.matrix.accuracy.nunique() > 2
+
+
+def test_several_selectors_at_once_are_the_same_as_one_by_one():
+    net, tok = toy_model()
+    toys, picks = toy_stream(3), {name: make_selector(name) for name in ('oracle', 'none', 'gaussian')}
+    for task in toys.tasks[:2]:
+        for s in picks.values(): s.fit(*dataset_features(net.clip, task.train))
+    together = evaluate(net, tok, toys, picks, after='circles')
+    for name, s in picks.items():
+        alone = evaluate(net, tok, toys, {name: s}, after='circles')
+        for a, b in zip(alone, together): pd.testing.assert_frame_equal(a, b[b.selector == name].reset_index(drop=True))
+    assert (together.selection.groupby(['selector', 'task'])['count'].sum() == 24).all()
+
+
+def test_accuracy_is_that_of_the_model_called_by_hand():
+    net, tok = toy_model()
+    toys, oracle = toy_stream(2), Oracle().fit(None)
+    row = evaluate(net, tok, toys, {'oracle': oracle}, after='squares').matrix.accuracy
+    for i, (task, s) in enumerate(zip(toys, (0, None))): # task 1 is not learned: plain CLIP
+        images, labels = stack(task.test)
+        z, w = net.encode_image(images, s), class_embeddings(net, tok, task, -1 if s is None else s)
+        assert row[i] == pytest.approx(100*((z @ w.T).argmax(1) == labels).double().mean().item())
+
+
+def test_the_cache_changes_nothing_and_spares_the_plain_passes():
+    net, tok = toy_model()
+    toys, latest, cache = toy_stream(2), {'none': Latest()}, {}
+    a = evaluate(net, tok, toys, latest, after='squares', cache=cache)
+    assert list(cache) == toys.names
+    encode, calls = net.clip.encode_image, []
+    net.clip.encode_image = lambda x: calls.append(len(x)) or encode(x)
+    b = evaluate(net, tok, toys, latest, after='squares', cache=cache)
+    assert calls == [] and a.matrix.equals(b.matrix)
+
+
+def test_strategies_reach_the_prediction():
+    net, tok = toy_model()
+    toys, oracle, asked = toy_stream(2), {'oracle': Oracle().fit(None)}, []
+    def first_class(logits, s):
+        asked.append(s)
+        return torch.nn.functional.one_hot(torch.zeros(len(logits(s)), dtype=torch.long), 3)
+    m = evaluate(net, tok, toys, oracle, after='squares', predict=first_class).matrix
+    share = [100*(stack(t.test)[1] == 0).double().mean().item() for t in toys]
+    assert m.accuracy.tolist() == pytest.approx(share) and asked == [0, -1]
+    assert evaluate(net, tok, toys, oracle, after='squares', predict=averaged).matrix.shape == m.shape
+
+
+def test_training_mode_is_left_as_it_was():
+    net, tok = toy_model()
+    toys = toy_stream(2)
+    a = evaluate(net.train(), tok, toys, {'none': Latest().fit(None)}, after='squares')
+    assert net.training and a.matrix.equals(evaluate(net.eval(), tok, toys, {'none': Latest().fit(None)}, after='squares').matrix)
+    with pytest.raises(ValueError, match='selectors is empty'): evaluate(net, tok, toys, {}, after='squares')
