@@ -189,11 +189,9 @@ def _blocks(rng, n, low, high, fill, aspect=1.):
 
 def industrial(rng, n):
     roof, k = _blocks(rng, n, 10, 14, .92, .8)
-    ribs = 1 + .1*(k*90 + _y_x_sum()*2).sin()
+    ribs = 1 + .1*(k*90 + 2*sum(_y_x())).sin() # along the diagonal
     c = torch.where(k < .6, colours(rng, n, [(225, 228, 232), (205, 210, 215), (240, 238, 230)]), colours(rng, n, [(90, 135, 190), (150, 165, 180), (190, 120, 110)]))
     return blend(_rough(rng, n, [(130, 128, 125), (155, 150, 140), (110, 112, 115)], 10, .12), c*ribs, roof)
-
-def _y_x_sum(): return sum(_y_x())
 
 def residential(rng, n):
     u, v = plane(rng, n, 4.2, 5.6)
