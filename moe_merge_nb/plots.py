@@ -46,7 +46,7 @@ def plot_matrix(A, # (T, T) accuracies in %; row: after task, column: tested tas
     A, T = np.asarray(A, dtype=float), len(tasks)
     if A.shape != (T, T): raise ValueError(f'the matrix has shape {A.shape} but there are {T} tasks')
     ax, unseen = _axes(ax, (1.6 + .5*T, 1.2 + .4*T)), np.triu(np.ones((T, T), bool), 1)
-    for cmap, mask in (('Blues', unseen), ('Greys', ~unseen)): _heat(A, cmap, ax, vmin=0, vmax=150, mask=mask, annot=True, fmt='.0f')
+    for cmap, mask in (('Blues', unseen), ('Greys', ~unseen)): _heat(A, cmap, ax, vmin=0, vmax=125, mask=mask, annot=True, fmt='.0f')
     for t in range(T): ax.add_patch(Rectangle((t, t), 1, 1, fill=False, edgecolor='black', linewidth=1.2))
     for axis in 'xy': _names(ax, axis, tasks)
     ax.set(xlabel='tested on', ylabel='after training on')
@@ -71,11 +71,10 @@ def plot_curves(matrix, # rows: selector, after, task, accuracy (%)
     return ax
 
 def _apart(values, gap):
-    "`(y, index)` from the lowest value up, each y at least `gap` above the one before: room for labels"
-    y, out = -np.inf, []
-    for i in np.argsort(values, kind='stable'): out.append((y := max(values[i], y + gap), i))
-    over = max(0, out[-1][0] - 100)
-    return [(y - over*k/max(1, len(out) - 1), i) for k, (y, i) in enumerate(out)]
+    "`(y, index)` from the lowest value up, each y at least `gap` above the one before, on average where the values are: room for labels"
+    order, y = np.argsort(values, kind='stable'), []
+    for i in order: y.append(max(values[i], y[-1] + gap) if y else values[i])
+    return zip(np.array(y) - np.mean(y - values[order]), order)
 
 # %% ../nbs/71_plots.ipynb #01e1e78f
 def fixed_counts(fixed, # rows: after, tower, block, expert
@@ -137,7 +136,7 @@ def plot_merges(events, # dicts: kind, task, iteration, tower, block, sources, t
     ax.hlines(range(1, len(blocks)), 0, len(tasks), color='.85', linewidth=.8)
     ax.vlines(range(len(tasks) + 1), 0, len(blocks), color='.85', linewidth=.8)
     _names(ax, 'x', tasks), _names(ax, 'y', blocks)
-    ax.set(xlim=(0, len(tasks)), ylim=(0, len(blocks)), xlabel=f'time: {N} iterations per task', ylabel=f'block of the {tower} tower')
+    ax.set(xlim=(0, len(tasks)), ylim=(0, len(blocks)), xlabel=f'time ({N} iterations per task); blue: sources, red: overwritten', ylabel=f'block of the {tower} tower')
     return ax
 
 # %% ../nbs/71_plots.ipynb #2a59a28c

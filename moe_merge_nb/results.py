@@ -36,12 +36,13 @@ class Result:
     adapters:dict|None = None # name -> tensor
 
 # %% ../nbs/70_results.ipynb #6baad614
-def _example_matrix(tasks, rng, forgetting):
-    T, zero, best = len(tasks), rng.uniform(35, 60, len(tasks)), rng.uniform(80, 95, len(tasks))
+def _example_matrix(tasks, seed, merge):
+    T, rng, noise = len(tasks), np.random.default_rng(seed), np.random.default_rng([seed, merge])
+    zero, best = rng.uniform(35, 60, T), rng.uniform(80, 95, T)
     for j in range(T):
         for i in range(T):
             for selector, loss in dict(oracle=0, gaussian=4).items():
-                seen = best[i] - loss - forgetting*(j - i) + rng.normal(0, .5)
+                seen = best[i] - loss - (1.2 if merge else 1.6)*(j - i) + noise.normal(0, .8)
                 yield selector, tasks[j], tasks[i], round(seen if i <= j else zero[i] - loss/8, 2)
 
 def _example_selection(tasks, n=100):
@@ -52,18 +53,19 @@ def _example_selection(tasks, n=100):
             yield from [('oracle', tasks[j], tasks[i], right, n), ('gaussian', tasks[j], tasks[i], right, n - 7), ('gaussian', tasks[j], tasks[i], other, 7)]
 
 # %% ../nbs/70_results.ipynb #e0526e62
-def _example_experts(tasks, rng, n_blocks, n_experts, merge):
+def _example_experts(tasks, rng, depths, n_experts, merge):
     usage, fixed, events = [], [], []
-    where = [(tower, b) for tower, depth in n_blocks.items() for b in range(depth)]
-    for t, task in enumerate(tasks):
-        for tower, b in where:
-            counts = rng.multinomial(1600, rng.dirichlet(np.full(n_experts, .4)))
-            rank = np.argsort(-counts)
-            usage += [(task, tower, b, e, int(c)) for e, c in enumerate(counts)]
-            fixed += [(task, tower, b, int(e)) for e in rank[:2]]
-            events += [dict(kind='merge', task=task, iteration=k, tower=tower, block=b, sources=rank[:2].tolist(), target=int(rank[-1 - n]),
-                            counts=counts.tolist()) for n, k in enumerate((20, 40, 60, 80)[:4 if merge else 0])]
-            events.append(dict(kind='freeze', task=task, tower=tower, block=b, experts=rank[:2].tolist()))
+    for task, (tower, b) in [(t, (tower, b)) for t in tasks for tower, depth in depths.items() for b in range(depth)]:
+        p = np.log(rng.dirichlet(np.full(n_experts, .4)) + 1e-6)
+        pairs = np.argsort(p + rng.gumbel(size=(800, n_experts)))[:, -2:] # two experts per sequence
+        counts = np.bincount(pairs.ravel(), minlength=n_experts)
+        usage += [(task, tower, b, e, int(c)) for e, c in enumerate(counts)]
+        fixed += [(task, tower, b, int(e)) for e in np.argsort(-counts)[:2]]
+        for k in (20, 40, 60, 75) if merge else ():
+            window = np.bincount(pairs[rng.integers(0, 800, 60)].ravel(), minlength=n_experts)
+            rank = np.argsort(-window, kind='stable').tolist()
+            events.append(dict(kind='merge', task=task, iteration=k, tower=tower, block=b, sources=rank[:2], target=rank[-1], counts=window.tolist()))
+        events.append(dict(kind='freeze', task=task, iteration=100, tower=tower, block=b, experts=np.argsort(-counts)[:2].tolist()))
     return usage, fixed, events
 
 # %% ../nbs/70_results.ipynb #26a9a4a9
@@ -72,10 +74,10 @@ def example_result(method='moe_merge', # 'moe' | 'moe_merge'; any other name mak
                    n_tasks=4, # 1 to 4
                    n_experts=8)->Result:
     "An INVENTED run of four tasks in the form of a real one, for tests and for looking at figures"
-    rng, tasks, merge = np.random.default_rng([seed, method == 'moe_merge']), ['Aircraft', 'Caltech', 'CIFAR', 'DTD'][:n_tasks], method == 'moe_merge'
+    merge, tasks = method == 'moe_merge', ['Aircraft', 'Caltech', 'CIFAR', 'DTD'][:n_tasks]
+    usage, fixed, events = _example_experts(tasks, np.random.default_rng([seed, merge]), dict(image=4, text=3), n_experts, merge)
     config = dict(method=method, stream='example', order=1, seed=seed, data_seed=0, tasks=tasks, iterations=100, version='0')
-    usage, fixed, events = _example_experts(tasks, rng, dict(image=4, text=3), n_experts, merge)
-    rows = dict(matrix=_example_matrix(tasks, np.random.default_rng(seed), 1 if merge else 2), selection=_example_selection(tasks), usage=usage, fixed=fixed)
+    rows = dict(matrix=_example_matrix(tasks, seed, merge), selection=_example_selection(tasks), usage=usage, fixed=fixed)
     return Result(config, **{k: pd.DataFrame(list(v), columns=TABLES[k]) for k, v in rows.items()}, events=events, timings={t: 1. for t in tasks})
 
 # %% ../nbs/70_results.ipynb #73868b2e
