@@ -15,7 +15,7 @@ from .train import Callback, Learner
 from .usage import Block, Usage, since
 
 # %% ../nbs/51_callbacks.ipynb #937b5882
-@dataclass
+@dataclass(frozen=True)
 class FreezeMostUsed(Callback):
     "Freeze the most used experts of every block when a task ends (arXiv 2403.11549)."
     n:int=2 # experts per block and task
