@@ -104,6 +104,3 @@ def command(cfg:DictConfig)->float:
         sys.exit(f'moe-merge: {e}')
     show(result, here.runtime.output_dir)
     return float(summary(result).last.iloc[0])
-
-# %% ../nbs/81_cli.ipynb #f2fbd121
-if __name__ == '__main__': main()
