@@ -7,6 +7,7 @@ __all__ = ['DEMO', 'HYDRA', 'method_options', 'stream_options', 'configure', 'co
            'show', 'main', 'command']
 
 # %% ../nbs/81_cli.ipynb #8df1fd80
+import os
 import sys
 from dataclasses import fields
 import torch
@@ -87,7 +88,7 @@ def job(cfg:DictConfig, directory:str|None=None, progress:bool|dict=True)->Resul
 # %% ../nbs/81_cli.ipynb #f1ab8c27
 def show(result:Result, directory:str):
     "The three numbers of every selector, and where the run is."
-    print(summary(result).round(2).to_string(index=False), f'\n{directory}')
+    print(summary(result).round(2).to_string(index=False), f'\n{os.path.relpath(directory)}')
 
 def main():
     "Entry point of `moe-merge`; its arguments are Hydra's."
@@ -103,4 +104,4 @@ def command(cfg:DictConfig)->float:
         if here.mode.name == 'MULTIRUN': raise
         sys.exit(f'moe-merge: {e}')
     show(result, here.runtime.output_dir)
-    return float(summary(result).last.iloc[0])
+    return float(summary(result).Last.iloc[0])
