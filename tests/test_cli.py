@@ -38,3 +38,10 @@ def test_the_command_runs_what_python_runs():
     cfg = composed(*tiny)
     a, b = job(cfg, progress=False), run(toy_stream(2), method_of(cfg), 0, load_clip('pico', 'random'), progress=False)
     assert a.matrix.equals(b.matrix) and a.config['data_seed'] == 0
+
+
+def test_a_finished_run_is_not_done_again_and_another_one_is():
+    import tempfile
+    with tempfile.TemporaryDirectory() as d:
+        a, again, other = job(composed(*tiny), d, False), job(composed(*tiny), d, False), job(composed(*tiny, 'seed=1'), d, False)
+    assert a.timings == again.timings and other.config['seed'] == 1 and other.timings != a.timings

@@ -1,0 +1,21 @@
+"The commands as a user types them, in processes of their own."
+import json, subprocess, sys
+from pathlib import Path
+import pytest
+
+TINY = ['stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=3', 'train.warmup=1', 'train.batch=8', 'experts.n_experts=4', 'experts.rank=2']
+
+def command(name, *args, cwd):
+    return subprocess.run([str(Path(sys.executable).with_name(name)), *args], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+def test_a_sweep_runs_every_combination_side_by_side_and_saves_each(tmp_path):
+    done = command('moe-merge', '-m', *TINY, 'method=moe,moe_merge', 'hydra/launcher=joblib', 'hydra.launcher.n_jobs=2', 'hydra.sweep.dir=sweep', 'hydra.sweep.subdir=${name}', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    configs = [json.loads((tmp_path/'sweep'/m/'config.json').read_text()) for m in ('moe', 'moe_merge')]
+    assert [c['method'] for c in configs] == ['moe', 'moe_merge'] and configs[0]['merge'] is None and configs[1]['merge']['combine'] == 'mean'
+
+@pytest.mark.parametrize('bad, says', [('experts.top_k=5', 'top_k is 5, but there are 4 experts'), ('experts.ranks=8', 'ranks'), ('method=moo', 'moo')])
+def test_bad_settings_end_with_one_message_and_leave_nothing(tmp_path, bad, says):
+    done = command('moe-merge', *TINY, bad, cwd=tmp_path)
+    assert done.returncode != 0 and says in done.stderr and 'Traceback' not in done.stderr
+    assert not list(tmp_path.rglob('config.json'))
