@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
 # %% ../nbs/21_pictures.ipynb #eeacafa5
 THINGS = {
@@ -55,7 +55,7 @@ TEXTURES = { # (x, y) in periods, polar (r, a) in periods and turns, p in 0 ... 
     'grid': lambda x, y, r, a, p: _edge(.08 + .08*p - np.minimum(np.abs(x - np.round(x)), np.abs(y - np.round(y)))),
     'spiralled': lambda x, y, r, a, p: _edge(_wave(r + a*(1 + int(2*p))) - .5, .3),
     'honeycombed': lambda x, y, r, a, p: _edge(_honeycomb(x, y) - .84 + .12*p, .1),
-    'crosshatched': lambda x, y, r, a, p: .5*_edge(_wave(1.6*(x + (.7 + .5*p)*y)) - .6, .3) + .5*_edge(_wave(1.6*(x - (.7 + .5*p)*y)) - .6, .3),
+    'crosshatched': lambda x, y, r, a, p: .5*_edge(_wave(x + (.7 + .5*p)*y) - .6, .3) + .5*_edge(_wave(x - (.7 + .5*p)*y) - .6, .3),
 }
 
 # %% ../nbs/21_pictures.ipynb #74e76b38
@@ -163,6 +163,16 @@ def _small(image): # premultiplied while it shrinks, so that no dark fringe appe
     return np.concatenate([(rgba[..., :3]*rgba[..., 3:]).mean((1, 3))/np.maximum(alpha, 1e-3), alpha], -1).clip(0, 1)
 
 # %% ../nbs/21_pictures.ipynb #89d2afc6
+def _vivid(image): # averaging a shaded area dulls it
+    "An RGB image, more saturated, as an array"
+    return np.asarray(ImageEnhance.Brightness(ImageEnhance.Color(image).enhance(1.5)).enhance(1.1))
+
+def _main_colour(image):
+    "The commonest of four colours of an RGBA image, vivid"
+    flat = image.convert('RGB').quantize(4, dither=Image.Dither.NONE)
+    count = np.bincount(np.asarray(flat)[np.asarray(image)[..., 3] > 127], minlength=4)
+    return _vivid(flat.convert('RGB'))[np.asarray(flat) == count.argmax()][0]
+
 def outlined(
     image:Image.Image, # RGBA, transparent background
     n_colours:int, # flat colours that remain
@@ -174,7 +184,7 @@ def outlined(
     label = np.where(alpha, np.asarray(flat).astype(int) + 1, 0).astype('uint8')
     label = Image.fromarray(label).filter(ImageFilter.ModeFilter(5)) # drops specks
     line = np.asarray(label.filter(ImageFilter.MaxFilter(width))) != np.asarray(label.filter(ImageFilter.MinFilter(width)))
-    colour = np.where(line[..., None], 20, np.asarray(flat.convert('RGB')))
+    colour = np.where(line[..., None], 20, _vivid(flat.convert('RGB')))
     return Image.fromarray(np.dstack([colour, 255*(alpha | line)]).astype('uint8'), 'RGBA')
 
 # %% ../nbs/21_pictures.ipynb #e3393cd7
@@ -219,11 +229,9 @@ def emoji_pictures(
     for vendor, package in VENDORS.items():
         image = _padded(Image.open(Path(folder, package, 'img', vendor, '64', file)))
         copies = [image, outlined(image, 3), outlined(image, 6)]
-        pixels = np.asarray(image)
-        colour = pixels[pixels[..., 3] > 127][:, :3].mean(0)
-        drawing = line_drawing(char, font, colour) if font else None
+        drawing = line_drawing(char, font, _main_colour(image)) if font else None
         out += [_small(c) for c in copies + [drawing]*(drawing is not None)]
-        weight += [2, 2, 3] + [2]*(drawing is not None)
+        weight += [2, 2, 3] + [3]*(drawing is not None)
     return out, weight
 
 # %% ../nbs/21_pictures.ipynb #bdc7b5d5
@@ -259,7 +267,7 @@ def concepts(
         out.append((tuple(dict.fromkeys(ours + [n for n in table[e][0] if n not in THINGS])), 'thing', 2., e))
     pool = [e for e, (_, _, category) in table.items() if category in ('Animals & Nature', 'Food & Drink', 'Travel & Places', 'Objects', 'Activities') and e not in wanted and not 0x1F550 <= ord(e) <= 0x1F567]
     others = np.random.default_rng(seed).permutation(pool)[:n_others]
-    return out + [(tuple(dict.fromkeys(n for n in table[e][0] if n not in THINGS)) or (table[e][0][0],), 'thing', 1., e) for e in others]
+    return out + [(tuple(dict.fromkeys(n for n in table[e][0] if n not in THINGS)) or (table[e][0][0],), 'thing', .7, e) for e in others]
 
 # %% ../nbs/21_pictures.ipynb #7598c90a
 def make_bank(
@@ -293,13 +301,14 @@ def backgrounds(
     g = torch.Generator().manual_seed(seed)
     def rand(*shape): return torch.rand(shape, generator=g)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing='ij')
-    a, b, angle = rand(n, 3, 1, 1), rand(n, 3, 1, 1), 2*np.pi*rand(n, 1, 1, 1)
+    a, b = (rand(n, 1, 1, 1) + (rand(n, 3, 1, 1) - .5)*rand(n, 1, 1, 1) for _ in range(2)) # from grey to colourful
+    angle = 2*np.pi*rand(n, 1, 1, 1)
     ramp = (x*angle.cos() + y*angle.sin())/2 + .5
     noise = sum(F.interpolate(rand(n, 1, k, k), (32, 32), mode='bilinear', align_corners=True) for k in (3, 6, 12))/3
     masks = torch.stack([torch.zeros(n, 1, 32, 32), ramp.expand(n, 1, 32, 32), ((y - rand(n, 1, 1, 1) + .3 + .3*(noise - .5))*12).sigmoid(), ((noise - .5)*8).sigmoid(),
                          ((rand(n, 1, 1, 1)*.6 + .4 - torch.hypot(x - rand(n, 1, 1, 1) + .5, y - rand(n, 1, 1, 1) + .5))*12).sigmoid()])
     mask = masks[torch.randint(0, 5, (n,), generator=g), torch.arange(n)] # (n, 1, 32, 32)
-    out = a + (b - a)*mask + .15*rand(n, 1, 1, 1)*(noise - .5)
+    out = a + (b - a)*mask + rand(n, 1, 1, 1)*(noise - .5)
     crowd = bank.draw(torch.randint(0, len(bank), (n//5*3,), generator=g), g).view(-1, 3, 4, SIZE, SIZE)
     for k in range(3): # three pictures each, at random places
         view = F.affine_grid(torch.cat([torch.eye(2).expand(len(crowd), 2, 2)*(1.2 + rand(len(crowd), 1, 1)), 2*rand(len(crowd), 2, 1) - 1], 2), (len(crowd), 4, 32, 32), align_corners=False)
@@ -312,11 +321,11 @@ def backgrounds(
 def _grid(n, s, kinds, rand):
     "Where each pixel of a view looks in its picture: (n, 32, 32, 2)"
     scene, digit = (kinds == 2)[:, None], (kinds == 1)[:, None]
-    angle = torch.where(scene, 2*np.pi*rand(n, 1), (2*rand(n, 1) - 1)*torch.where(digit, .35, torch.where(rand(n, 1) < .12, np.pi, .6))*s)
-    zoom = torch.where(scene, .5 + .2*rand(n, 1), 1 + s*(.5*rand(n, 1) - .12)) # picture pixels per view pixel: > 1 makes it smaller
+    angle = torch.where(scene, 2*np.pi*rand(n, 1), (2*rand(n, 1) - 1)*torch.where(digit, .35, torch.where(rand(n, 1) < .2, np.pi, .6))*s)
+    zoom = torch.where(scene, .5 + .2*rand(n, 1), 1 + s*(.62*rand(n, 1) - .12)) # picture pixels per view pixel: > 1 makes it smaller
     mirror = torch.where((rand(n, 1) < .5) & ~digit, -1., 1.)
     shear = (2*rand(n, 1) - 1)*torch.where(digit, .45, .15)*s
-    stretch = torch.exp((2*rand(n, 1) - 1)*torch.where(digit, .3, .12)*s)
+    stretch = torch.exp((2*rand(n, 1) - 1)*torch.where(digit, .3, .22)*s)
     c, d = angle.cos(), angle.sin()
     matrix = torch.stack([torch.cat([c*mirror*stretch, (shear*c - d)/stretch], 1), torch.cat([d*mirror*stretch, (shear*d + c)/stretch], 1)], 1)*zoom[:, :, None]
     shift = (2*rand(n, 2, 1) - 1)*.25*s
@@ -333,7 +342,7 @@ def _finish(x, s, rand, generator):
     x = torch.where(rand(n, 1, 1, 1) < .2*s, coarse, x)
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode='replicate'), 3, 1)
     x = x + (soft - x)*rand(n, 1, 1, 1)*(rand(n, 1, 1, 1) < .5)*s
-    return (x + torch.randn(x.shape, generator=generator)*.08*s*rand(n, 1, 1, 1)).clamp(0, 1)
+    return (x + torch.randn(x.shape, generator=generator)*.06*s*rand(n, 1, 1, 1)).clamp(0, 1)
 
 def augment(
     pictures:torch.Tensor, # (n, 4, SIZE, SIZE) premultiplied, from Bank.draw
@@ -347,7 +356,7 @@ def augment(
     def rand(*shape): return torch.rand(shape, generator=generator)
     view = F.grid_sample(pictures, _grid(n, s, kinds, rand), padding_mode='zeros', align_corners=False)
     colour, alpha = view[:, :3], view[:, 3:] # (n, 3, 32, 32), (n, 1, 32, 32)
-    mix = torch.eye(3) + s*.18*torch.randn(n, 3, 3, generator=generator)*torch.where(rand(n, 1, 1) < .7, 1., .3)
+    mix = torch.eye(3) + s*.13*torch.randn(n, 3, 3, generator=generator)*torch.where(rand(n, 1, 1) < .7, 1., .3)
     colour = torch.einsum('nij,njhw->nihw', mix, colour).clamp(min=0).minimum(alpha)
     back = pool[torch.randint(0, len(pool), (n,), generator=generator)]
     plain = torch.where(rand(n, 1, 1, 1) < .5, 1., rand(n, 3, 1, 1))

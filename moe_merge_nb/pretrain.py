@@ -7,7 +7,7 @@ __all__ = ['TEMPLATES', 'CODE', 'captions', 'name_targets', 'sinusoids', 'patch_
            'strength', 'Views', 'stage_images', 'stage_words', 'stage_both', 'pretrain', 'zero_shot']
 
 # %% ../nbs/21_pretrain.ipynb #62c314d9
-import json, time
+import time
 from pathlib import Path
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from .backbone import encode_text, pico, pico_tokenizer, towers
 from .pictures import Bank, augment, backgrounds
-from .tasks import normalise, prompts, stack
+from .tasks import Task, normalise, prompts, stack
 
 # %% ../nbs/21_pretrain.ipynb #9b16ef41
 TEMPLATES = {
@@ -41,6 +41,7 @@ def captions(
         texts.append(templates[int(v*len(templates))].replace('{}', name)); chosen.append(name)
     return texts, chosen
 
+# %% ../nbs/21_pretrain.ipynb #3298d380
 def name_targets(
     bank:Bank,
     chosen, # n names
@@ -111,6 +112,7 @@ class Optimisers:
     def load_state_dict(self, states):
         for o, s in zip(self.all, states): o.load_state_dict(s)
 
+# %% ../nbs/21_pretrain.ipynb #d3d7640a
 def schedule(
     step:int,
     steps:int,
@@ -118,7 +120,7 @@ def schedule(
 )->float: # factor of the base learning rate
     "A short rise, then a cosine fall to nearly nothing."
     u = (step + 1)/steps
-    return min(u/warm, 1)*(.02 + .98*(.5 + .5*np.cos(np.pi*max(0, u - warm)/(1 - warm))))
+    return float(min(u/warm, 1)*(.02 + .98*(.5 + .5*np.cos(np.pi*max(0, u - warm)/(1 - warm)))))
 
 def strength(
     step:int,
@@ -147,18 +149,18 @@ class Views:
 def stage_images(
     model, # pico, trained in place
     views:Views,
-    steps:int=4100,
+    steps:int=4200,
     batch:int=96,
     checkpoint=None, # file that keeps the state every 250 steps; an existing one is continued
     progress=True,
-)->tuple: # class vectors (concepts, d), history of (step, loss, accuracy)
+)->tuple: # class vectors (concepts, d), history of (step, loss, accuracy), seconds
     "The image tower learns a softmax over the concepts; each concept gets a vector."
     vectors = nn.Parameter(torch.randn(len(views.bank), model.visual.output_dim, generator=views.generator(0, 0))*.1)
     opt = Optimisers(towers(model)['image'], [model.visual, vectors, model.logit_scale])
-    first, history = 0, []
+    first, history, start = 0, [], time.time()
     if checkpoint and Path(checkpoint).is_file():
         saved = torch.load(checkpoint, weights_only=True)
-        first, history = saved['step'], saved['history']
+        first, history, start = saved['step'], saved['history'], start - saved['seconds']
         model.load_state_dict(saved['model']); vectors.data.copy_(saved['vectors']); opt.load_state_dict(saved['opt'])
     bar = tqdm(range(first, steps), 'images', initial=first, total=steps, disable=not progress)
     for step in bar:
@@ -170,9 +172,9 @@ def stage_images(
             history.append((step + 1, loss.item(), (logits.argmax(1) == c).float().mean().item()))
             bar.set_postfix(loss=f'{np.mean([h[1] for h in history[-8:]]):.2f}', acc=f'{np.mean([h[2] for h in history[-8:]]):.2f}', s=f'{strength(step, steps):.2f}', refresh=False)
         if checkpoint and (step % 250 == 249 or step == steps - 1):
-            torch.save(dict(step=step + 1, history=history, model=model.state_dict(), vectors=vectors.data, opt=opt.state_dict()), f'{checkpoint}.new')
+            torch.save(dict(step=step + 1, seconds=time.time() - start, history=history, model=model.state_dict(), vectors=vectors.data, opt=opt.state_dict()), f'{checkpoint}.new')
             Path(f'{checkpoint}.new').replace(checkpoint)
-    return vectors.detach(), history
+    return vectors.detach(), history, time.time() - start
 
 # %% ../nbs/21_pretrain.ipynb #251cbf9e
 def stage_words(
@@ -224,19 +226,22 @@ def stage_both(
 # %% ../nbs/21_pretrain.ipynb #11834aa1
 def pretrain(
     bank:Bank,
-    steps=(4100, 450, 170), # of the three stages
+    steps=(4200, 450, 170), # of the three stages
     seed:int=0,
     checkpoint=None, # file of the first stage's state
     progress=True,
 )->tuple: # the model; {stage: history}; {stage: seconds}
     "All three stages from random weights."
-    model, tokenizer, views, start = pico(seed).train(), pico_tokenizer(), Views(bank, seed), time.time()
+    model, tokenizer, views = pico(seed).train(), pico_tokenizer(), Views(bank, seed)
     sample = torch.cat([views(0, i, 500, .4)[0] for i in range(4)])
     initialise(model, sample)
     history, seconds = {}, {}
-    vectors, history['images'] = stage_images(model, views, steps[0], checkpoint=checkpoint, progress=progress); seconds['images'] = time.time() - start
-    history['words'] = stage_words(model, vectors, views, tokenizer, steps[1], progress=progress); seconds['words'] = time.time() - start - seconds['images']
-    history['both'] = stage_both(model, views, tokenizer, steps[2], progress=progress); seconds['both'] = time.time() - start - seconds['images'] - seconds['words']
+    vectors, history['images'], seconds['images'] = stage_images(model, views, steps[0], checkpoint=checkpoint, progress=progress)
+    start = time.time()
+    history['words'] = stage_words(model, vectors, views, tokenizer, steps[1], progress=progress)
+    seconds['words'], start = time.time() - start, time.time()
+    history['both'] = stage_both(model, views, tokenizer, steps[2], progress=progress)
+    seconds['both'] = time.time() - start
     return model.eval().requires_grad_(False), history, seconds
 
 # %% ../nbs/21_pretrain.ipynb #27d96925
@@ -244,10 +249,10 @@ def pretrain(
 def zero_shot(
     model, # a CLIP
     tokenizer,
-    task, # a Task
+    task:Task,
     split:str='train', # 'train' | 'test'
 )->float: # %
-    "Accuracy of the class whose prompt is most alike."
+    "Accuracy of the class whose prompt is most alike, with the training prompt."
     images, labels = stack(getattr(task, split))
     text = F.normalize(encode_text(model, tokenizer(prompts(task))), dim=-1) # (classes, d)
     image = torch.cat([model.encode_image(x) for x in images.split(256)]) # (n, d)
