@@ -18,9 +18,9 @@ from .backbone import towers
 def frozen_features(clip, # an open_clip model with a transformer image tower
                     images # (N, 3, H, W), normalised
                    )->torch.Tensor: # (N, d + 2 w): embedding (not normalised), mean and std over tokens; d = embed_dim, w = width
-    "Features of plain `clip` by which selectors tell tasks apart; the first `d` are `clip.encode_image(images)`"
+    "Features of plain `clip` by which selectors tell tasks apart: its embedding, and mean and std over tokens after half of its blocks"
     blocks, seen = towers(clip)['image'], []
-    hook = blocks[len(blocks)//2].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    hook = blocks[max(0, len(blocks)//2 - 1)].register_forward_hook(lambda block, inputs, output: seen.append(output))
     try: z = clip.encode_image(images) # (N, d)
     finally: hook.remove()
     x = seen[0] # (N, tokens, w)
@@ -63,7 +63,7 @@ class Latest(Oracle):
 # %% ../nbs/60_select.ipynb #1828f551
 class Fitted:
     "Selectors that measure a distance to each task, in units of a quantile of held-out training images"
-    def __init__(self, quantile=.98, # of a task's own held-out images, accepted
+    def __init__(self, quantile=.97, # of a task's own held-out images, accepted
                  held_out=.2, # fraction of the training images
                  seed=0): # of the split, and of whatever a selector draws
         for name, value in dict(quantile=quantile, held_out=held_out).items():
@@ -92,50 +92,59 @@ class Fitted:
 
 # %% ../nbs/60_select.ipynb #3bd41138
 class Gaussian(Fitted):
-    "Mahalanobis distance to the nearest class mean of a task, covariance shared by all tasks; closed form"
-    def __init__(self, quantile=.98, held_out=.2, shrinkage=.1, # lambda, 0 ... 1
+    "Mahalanobis distance to the nearest class mean of a task, covariance between the task's own and that shared by all; closed form"
+    def __init__(self, quantile=.97, held_out=.2, shrinkage=.1, # lambda, towards the diagonal
+                 own=.75, # m; 0: one covariance shared by all tasks, 1: each task its own
                  seed=0):
         super().__init__(quantile, held_out, seed)
         if not 0 < shrinkage <= 1: raise ValueError(f'shrinkage={shrinkage}: it must be above 0 and at most 1')
-        self.shrinkage, self.scatter, self.freedom, self.centroids, self.kept = shrinkage, 0, 0, [], []
+        if not 0 <= own <= 1: raise ValueError(f'own={own}: it must lie between 0 and 1')
+        self.shrinkage, self.own, self.scatters, self.freedoms, self.centroids, self.kept = shrinkage, own, [], [], [], []
 
     def fit(self, features, # (N, F) of the next task's training images
             labels=None): # (N,): one centroid per class instead of one
         "Add the next task; closed form, the earlier tasks' centroids stay"
         x, (fit, held) = features.double(), self.split(features)
-        y = torch.zeros(len(x), dtype=torch.long) if labels is None else labels.unique(return_inverse=True)[1]
-        x, y, held = x[fit], y[fit], x[held]
-        mu = torch.stack([x[y == c].mean(0) for c in y.unique()]) # (centroids, F)
-        r = x - mu[y.unique(return_inverse=True)[1]]
-        self.scatter, self.freedom = self.scatter + r.T @ r, self.freedom + max(1, len(x) - len(mu))
-        self.centroids, self.kept, self.n_tasks = [*self.centroids, mu], [*self.kept, held], self.n_tasks + 1
+        y = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
+        classes, y = y[fit].unique(return_inverse=True)
+        mu = torch.stack([x[fit][y == c].mean(0) for c in range(len(classes))]) # (centroids, F)
+        r = x[fit] - mu[y]
+        self.scatters, self.freedoms = [*self.scatters, r.T @ r], [*self.freedoms, max(1, len(r) - len(mu))]
+        self.centroids, self.kept, self.n_tasks = [*self.centroids, mu], [*self.kept, x[held]], self.n_tasks + 1
         self.whiten()
         return self
 
     def whiten(self):
-        "Sigma's Cholesky factor, and with it the thresholds of all tasks"
-        S = self.scatter/self.freedom
-        v = torch.where(S.diag() > 0, S.diag(), 1e-6*S.diag().mean() + 1e-12) # a feature that never varied
-        S = (1 - self.shrinkage)*S + torch.diag(self.shrinkage*v)
-        self.factor = torch.linalg.cholesky(S) # (F, F), Sigma = factor factor^T
-        self.thresholds = torch.stack([self.distances(h)[:, t].quantile(self.quantile) for t, h in enumerate(self.kept)])
+        "Sigma's Cholesky factor for each task, and with them the thresholds of all tasks"
+        S, m = sum(self.scatters)/sum(self.freedoms), self.own # (F, F)
+        self.factors = [cholesky((1 - m)*S + m*St/n, self.shrinkage) for St, n in zip(self.scatters, self.freedoms)]
+        self.thresholds = torch.stack([self.distance(t, h).quantile(self.quantile) for t, h in enumerate(self.kept)]).clamp(min=1e-12)
+
+    def distance(self, t, features)->torch.Tensor: # (N,)
+        "Mahalanobis distance to the nearest centroid of task t"
+        x, mu = (torch.linalg.solve_triangular(self.factors[t], v.double().T, upper=False).T for v in (features, self.centroids[t]))
+        return torch.cdist(x, mu).min(dim=1).values
 
     def distances(self, features)->torch.Tensor: # (N, tasks)
-        "Mahalanobis distance to each task's nearest centroid"
-        z = lambda x: torch.linalg.solve_triangular(self.factor, x.double().T, upper=False).T # Sigma^-1/2 x
-        x = z(features)
-        return torch.stack([torch.cdist(x, z(mu), compute_mode='donot_use_mm_for_euclid_dist').min(1).values for mu in self.centroids], dim=1)
+        "Mahalanobis distance to the nearest centroid of each task"
+        return torch.stack([self.distance(t, features) for t in range(self.n_tasks)], dim=1)
 
     @property
     def n_parameters(self)->int:
-        "Numbers that deciding needs: centroids, covariance, thresholds"
+        "Numbers that deciding needs: centroids, covariances, thresholds"
         F = self.centroids[0].shape[1] if self.centroids else 0
-        return sum(mu.numel() for mu in self.centroids) + F*(F + 1)//2 + self.n_tasks
+        return sum(mu.numel() for mu in self.centroids) + self.n_tasks*(F*(F + 1)//2 + 1)
+
+# %% ../nbs/60_select.ipynb #02c788a5
+def cholesky(S, shrinkage):
+    "Lower factor of `S` shrunk towards its diagonal; a feature that never varied gets a very small variance"
+    v = torch.where(S.diag() > 0, S.diag(), 1e-6*S.diag().mean() + 1e-12)
+    return torch.linalg.cholesky((1 - shrinkage)*S + shrinkage*torch.diag(v))
 
 # %% ../nbs/60_select.ipynb #b3478c66
 class AutoEncoder(Fitted):
     "Reconstruction error of one small auto-encoder per task, as in arXiv 2403.11549 but on features of the frozen CLIP"
-    def __init__(self, quantile=.98, held_out=.2, hidden=32, # units between encoder and decoder
+    def __init__(self, quantile=.97, held_out=.2, hidden=64, # units between encoder and decoder
                  steps=400, lr=3e-3, batch=64, seed=0):
         super().__init__(quantile, held_out, seed)
         for name, value in dict(hidden=hidden, steps=steps, batch=batch).items():

@@ -39,10 +39,12 @@ def test_quantile_of_own_held_out_images_is_accepted():
 def test_gaussian_distance_is_mahalanobis():
     g = torch.Generator().manual_seed(0)
     x = (torch.randn(300, 3, generator=g) @ torch.tensor([[2., 0, 0], [1, 1, 0], [0, .5, .1]])).double()
-    s = Gaussian(shrinkage=.25).fit(x)
+    s = Gaussian(shrinkage=.25, own=.5).fit(x).fit(3*x)
+    S1, S2 = (sc.numpy()/n for sc, n in zip(s.scatters, s.freedoms))
     fit, held = Gaussian().split(x)
-    S = np.cov(x[fit].T.numpy())
-    sigma = .75*S + .25*np.diag(np.diag(S))
+    np.testing.assert_allclose(S1, np.cov(x[fit].T.numpy()))
+    sigma = .5*(S1 + S2)/2 + .5*S1 # half pooled, half own
+    sigma = .75*sigma + .25*np.diag(np.diag(sigma))
     r = (x[:5] - x[fit].mean(0)).numpy()
     np.testing.assert_allclose(s.distances(x[:5])[:, 0], np.sqrt(np.einsum('ni,ij,nj->n', r, np.linalg.inv(sigma), r)), rtol=1e-5)
 
@@ -58,7 +60,7 @@ def test_features_in_other_units_change_nothing():
 def test_thresholds_follow_the_covariance():
     g = torch.Generator().manual_seed(0)
     narrow, wide = torch.randn(300, 4, generator=g), 5*torch.randn(300, 4, generator=g) + 60
-    s = Gaussian().fit(narrow)
+    s = Gaussian(own=0).fit(narrow)
     before = s.thresholds[0].item()
     s.fit(wide) # widens the shared covariance: task 0's own distances shrink, and so must its threshold
     assert s.thresholds[0] < before/2 and (s.scores(s.kept[0])[:, 0] <= 1).float().mean() > .9
@@ -108,5 +110,6 @@ def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="no option 'shrink'.*shrinkage"): make_selector('gaussian', shrink=.1)
     with pytest.raises(ValueError, match='quantile=98'): make_selector('autoencoder', quantile=98)
     with pytest.raises(ValueError, match='hidden=0'): make_selector('autoencoder', hidden=0)
+    with pytest.raises(ValueError, match='own=2'): make_selector('gaussian', own=2)
     with pytest.raises(ValueError, match='shrinkage=0'): make_selector('gaussian', shrinkage=0)
     with pytest.raises(ValueError, match='2 training images'): make_selector('gaussian').fit(torch.zeros(2, 6))
