@@ -4,7 +4,7 @@
 import pandas as pd, pytest, torch
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from moe_merge_nb.measured import about, frozen_last, invented, measured, store
+from moe_merge_nb.measured import about, frozen_last, invented, measured, ordered, store
 from moe_merge_nb.results import accuracy_matrix, example_result
 
 
@@ -18,6 +18,11 @@ def test_stored_runs_come_back_with_all_their_numbers():
         for s in ('oracle', 'gaussian'): assert (accuracy_matrix(b, s) == accuracy_matrix(r, s)).all()
         if r.config['seed'] == 0: assert b.events == r.events and len(b.usage) == len(r.usage)
         else: assert b.usage.empty
+
+
+def test_runs_are_in_the_order_of_the_study():
+    runs = [example_result(m, s) for s in (1, 0) for m in ('mine', 'moe_merge', 'zero_shot', 'moe')]
+    assert [(r.config['method'], r.config['seed']) for r in ordered(runs)] == [(m, s) for m in ('zero_shot', 'moe', 'moe_merge', 'mine') for s in (0, 1)]
 
 
 def test_storing_twice_gives_the_same_bytes():
