@@ -133,7 +133,7 @@ class Gaussian(Fitted):
     def n_parameters(self)->int:
         "Numbers that deciding needs: centroids, covariances, thresholds"
         F = self.centroids[0].shape[1] if self.centroids else 0
-        return sum(mu.numel() for mu in self.centroids) + self.n_tasks*(F*(F + 1)//2 + 1)
+        return sum(mu.numel() for mu in self.centroids) + (self.n_tasks if self.own else 1)*F*(F + 1)//2 + self.n_tasks
 
 # %% ../nbs/60_select.ipynb #02c788a5
 def cholesky(S, shrinkage):
