@@ -39,7 +39,7 @@ def distinguish(results:list[Result])->list[Result]: # changed in place
     for method in {r.config['method'] for r in results}:
         group = [r for r in results if r.config['method'] == method]
         flat = [{k: json.dumps(v) for k, v in _flat(r.config).items()} for r in group]
-        vary = [k for k in flat[0] if len({f.get(k) for f in flat}) > 1]
+        vary = [k for k in dict.fromkeys(k for f in flat for k in f) if len({f.get(k) for f in flat}) > 1]
         for r, f in zip(group, flat): r.config['method'] = ' '.join([method, *(f"{k}={f.get(k)}" for k in vary)])
     return results
 
@@ -120,7 +120,7 @@ p, ul, ol, blockquote {max-width: 48rem} h1, h2, h3, h4, table, nav, footer {fon
 h1 {font-size: 1.7rem; margin-bottom: .2rem} h2 {font-size: 1.3rem; margin-top: 3.5rem; padding-top: .8rem; border-top: 1px solid #ccc} h3 {font-size: 1.05rem; margin-top: 2rem}
 blockquote {margin: .2rem 0 1rem; color: #555; font-style: italic} nav {margin: 1.5rem 0; font-size: .95rem} nav li {margin: .15rem 0} a {color: #0b5394; text-decoration: none} a:hover {text-decoration: underline}
 table {border-collapse: collapse; font-size: .8rem; margin: 1rem 0; border: 0} th, td {padding: .25rem .55rem; text-align: right; border: 0; border-bottom: 1px solid #e4e4e4; white-space: nowrap}
-thead th {border-bottom: 1.5px solid #888; vertical-align: bottom} tbody th {font-weight: 600; text-align: left; vertical-align: top} tbody tr:hover {background: #f6f8fa}
+thead th {border-bottom: 1.5px solid #888; vertical-align: bottom} thead tr:last-child:not(:first-child) th {text-align: left} tbody th {font-weight: 600; text-align: left; vertical-align: top} tbody tr:hover {background: #f6f8fa}
 img {max-width: 100%; height: auto; display: block; margin: 1rem 0} pre {font-size: .8rem; overflow-x: auto; white-space: pre-wrap} .jp-RenderedHTMLCommon, .output_html, .jp-OutputArea-output {overflow-x: auto}
 .error, .jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] {color: #a00} footer {margin-top: 4rem; border-top: 1px solid #ccc; padding-top: 1rem; font-size: .8rem; color: #555} code {font-size: .85em}
 @media print {body {max-width: none; margin: 0} h2 {break-before: page; border: 0} nav + * h2 {break-before: auto}}'''
@@ -183,7 +183,7 @@ def main(argv=None)->int:
         results = load_runs(args.runs)
         print(table(results).to_string(), '\n\nmean ± standard error in % (number of runs)\n', sep='', flush=True)
         out, errors = report(args.runs, results, args.out, not args.quiet)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         print(f'moe-merge-report: {e}', file=sys.stderr)
         return 2
     print(f'report: {out}')
