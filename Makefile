@@ -5,13 +5,14 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= agg
 
-.PHONY: demo test lab docs clean install
+.PHONY: help demo test lab docs measure clean install
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   run the five methods on MTIL-mini and write runs/demo/report.html"
 	@echo "make test   run every notebook (nbdev_test) and every test (pytest)"
 	@echo "make lab    open the notebooks in JupyterLab"
+	@echo "make measure run the study of the README again (about an hour on two cores; finished runs are kept)"
 	@echo "make docs   README.md and one HTML page per notebook in _docs/"
 	@echo "make clean  remove what these commands made (not your runs)"
 
@@ -28,10 +29,15 @@ demo: install
 
 test: install
 	timeout 1800 $(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lab: install
 	$(BIN)/jupyter lab nbs
+
+measure: install
+	$(BIN)/moe-merge -m experiment=study
+	$(BIN)/moe-merge -m experiment=demo
+	$(BIN)/python tools/pack_runs.py
 
 docs: install
 	$(BIN)/python tools/build_docs.py --site

@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.patches import Rectangle
 
 # %% ../nbs/71_plots.ipynb #39374be7
-METHOD_COLOURS = {'zero_shot': '#7f7f7f', 'finetune': '#d55e00', 'shared': '#e69f00', 'moe': '#0072b2', 'moe_merge': '#009e73'}
+METHOD_COLOURS = {'zero_shot': '#7f7f7f', 'finetune': '#d55e00', 'adapter': '#e69f00', 'moe': '#0072b2', 'moe_merge': '#009e73'}
 OTHER = '#444444'
 
 def _axes(ax, size=(4.5, 3.5)):

@@ -24,3 +24,17 @@ def test_package_and_tests_are_what_the_notebooks_export(tmp_path):
     subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()'], cwd=tmp_path, env=env, check=True)
     subprocess.run([sys.executable, 'tools/export_tests.py'], cwd=tmp_path, env=env, check=True)
     assert generated(tmp_path) == generated(ROOT), 'run nbdev_export and tools/export_tests.py, and delete modules no notebook exports'
+
+def test_the_readme_is_what_the_index_notebook_says():
+    sys.path.insert(0, str(ROOT/'tools'))
+    try: from build_docs import readme
+    finally: sys.path.pop(0)
+    from nbdev.config import get_config
+    assert readme(get_config()) == (ROOT/'README.md').read_text(encoding='utf-8'), 'run tools/build_docs.py'
+
+@pytest.mark.parametrize('nb', NBS, ids=lambda p: p.stem)
+def test_links_between_notebooks_lead_somewhere(nb):
+    import re
+    for cell in read_nb(nb).cells:
+        if cell.cell_type != 'markdown': continue
+        for target in re.findall(r'\]\((?!https?:|#)([^)\s]+)\)', cell.source): assert (nb.parent/target).exists(), target

@@ -1,31 +1,45 @@
-"README.md from nbs/index.ipynb, and with --site one HTML page per notebook in _docs/, by nbconvert alone (no quarto)."
-import sys
-from pathlib import Path
+"README.md from nbs/index.ipynb, and with --site one HTML page per notebook in _docs/, by nbconvert alone."
+import re, sys
+import nbformat
 from execnb.nbio import nb2str
 from nbconvert import HTMLExporter, MarkdownExporter
-import nbformat
+from nbconvert.preprocessors import TagRemovePreprocessor
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import NBProcessor
 
 HIDDEN = {'hide', 'default_exp'}
+LINK = re.compile(r'\]\((?!https?:|#)([\w./-]+)\.ipynb\)')                # between notebooks, relative
 
-def for_readers(path):
-    "The notebook at `path` without its `#| hide` cells and directive lines; code, prose and stored outputs stay"
+def for_readers(path, link):
+    "The notebook at `path` without `#| hide` cells and directive lines; `#| hide_input` cells keep outputs only; links become `link`"
     nb = NBProcessor(path, process=True).nb
     nb.cells = [c for c in nb.cells if not (HIDDEN & c.directives_.keys())]
-    return nbformat.reads(nb2str(nb), as_version=4)
+    for c in nb.cells:
+        if 'hide_input' in c.directives_: c.metadata['tags'] = ['hide_input']
+        if c.cell_type == 'markdown': c.source = LINK.sub(link, c.source)
+    return TagRemovePreprocessor(enabled=True, remove_input_tags={'hide_input'}).preprocess(nbformat.reads(nb2str(nb), as_version=4), {})[0]
 
-def write(exporter, path, out):
-    text, res = exporter.from_notebook_node(for_readers(path), {'metadata': {'name': path.stem}, 'output_files_dir': f'{out.stem}_files'})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding='utf-8')
-    for name, data in (res['outputs'] or {}).items():
-        (out.parent/name).parent.mkdir(parents=True, exist_ok=True)
-        (out.parent/name).write_bytes(data)
+def rendered(exporter, path, link, stem):
+    "Text of the page and its extra files"
+    return exporter.from_notebook_node(for_readers(path, link), {'metadata': {'name': path.stem}, 'output_files_dir': f'{stem}_files'})
+
+def readme(cfg):
+    "README.md as the index notebook says it"
+    return rendered(MarkdownExporter(), cfg.nbs_path/cfg.readme_nb, r'](nbs/\1.ipynb)', 'README')[0].replace('](../', '](').strip() + '\n'
+
+def write_site(cfg):
+    "One page per notebook"
+    for p in nbglob(as_path=True):
+        out = cfg.doc_path/p.relative_to(cfg.nbs_path).with_suffix('.html')
+        text, res = rendered(HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True), p, r'](\1.html)', out.stem)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding='utf-8')
+        for name, data in (res['outputs'] or {}).items():
+            (out.parent/name).parent.mkdir(parents=True, exist_ok=True)
+            (out.parent/name).write_bytes(data)
 
 if __name__ == '__main__':
     cfg = get_config()
-    write(MarkdownExporter(), cfg.nbs_path/cfg.readme_nb, cfg.config_path/'README.md')
-    if '--site' in sys.argv:
-        for p in nbglob(as_path=True): write(HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True), p, cfg.doc_path/p.relative_to(cfg.nbs_path).with_suffix('.html'))
+    (cfg.config_path/'README.md').write_text(readme(cfg), encoding='utf-8')
+    if '--site' in sys.argv: write_site(cfg)
