@@ -74,10 +74,12 @@ def figure_notebooks(names=NOTEBOOKS)->list[Path]:
     return [folder/f'{n}.ipynb' for n in names]
 
 def section(nb, # one figure notebook
+            number=0 # in the report
            )->list: # cells
     "The cells of a figure notebook that the report shows, without their outputs"
     cells = [c for c in nb.cells if not c.source.startswith(DROPPED)]
     for c in cells:
+        c.metadata['section'] = number
         if c.cell_type == 'markdown': c.source = re.sub(r'(?m)^(#{1,4}) ', r'#\1 ', c.source)
         else: c.outputs = []
         if c.source.startswith('# parameters'): c.source = 'runs = given'
@@ -97,7 +99,7 @@ def joined(paths, # of the runs
     "All figure notebooks as one, to be executed on the runs in `paths`"
     read = [nbformat.read(p, as_version=4) for p in notebooks or figure_notebooks()]
     absolute = [str(Path(p).absolute()) for p in paths]
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SETUP.format(paths=absolute)), *(c for n in read for c in section(n))])
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SETUP.format(paths=absolute)), *(c for k, n in enumerate(read) for c in section(n, k))])
     for i, c in enumerate(nb.cells): c['id'] = f'cell{i}'
     return nb
 
@@ -109,10 +111,15 @@ class ThisPython(KernelSpecManager):
 def executed(nb, progress=True)->list[str]: # what went wrong
     "Execute `nb` in place, cell by cell"
     client = NotebookClient(nb, km=AsyncKernelManager(kernel_spec_manager=ThisPython()), timeout=300, allow_errors=True)
-    code = [i for i, c in enumerate(nb.cells) if c.cell_type == 'code']
+    lacking, shown = set(), []
     with client.setup_kernel(cleanup_kc=True):
-        for i in tqdm(code, 'report', disable=not progress, unit='cell'): client.execute_cell(nb.cells[i], i)
-    return [f'{o.ename}: {o.evalue}' for i in code for o in nb.cells[i].outputs if o.output_type == 'error']
+        for i, c in enumerate(tqdm(nb.cells, 'report', disable=not progress, unit='cell')):
+            if c.metadata.get('section') in lacking: continue
+            if c.cell_type == 'code': client.execute_cell(c, i)
+            if c.source.startswith('# needed') and c.outputs: lacking.add(c.metadata.get('section'))
+            shown.append(c)
+    nb.cells = shown
+    return [f'{o.ename}: {o.evalue}' for c in shown if c.cell_type == 'code' for o in c.outputs if o.output_type == 'error']
 
 # %% ../nbs/82_report.ipynb #99ae65b8
 STYLE = '''body {font: 16px/1.55 Georgia, "Times New Roman", serif; color: #222; max-width: 70rem; margin: 2.5rem auto 6rem; padding: 0 1.5rem}
