@@ -64,6 +64,8 @@ def test_the_loaded_clip_is_frozen():
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert torch.equal(model.visual.proj, pico(3).visual.proj)
+    shipped = load_clip()[0]
+    assert not torch.equal(shipped.visual.proj, pico().visual.proj) and not any(p.requires_grad for p in shipped.parameters())
 
 
 def test_wrong_names_and_a_failed_download_say_what_to_do():
