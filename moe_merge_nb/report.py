@@ -154,7 +154,7 @@ def page(nb, # executed
     for i, text in enumerate(heads, 1): body = re.sub('<h2[^>]*>' + re.escape(text), f'<h2 id="section{i}">{text}', body, count=1)
     contents = ''.join(f'<li><a href="#section{i}">{text}</a></li>' for i, text in enumerate(heads, 1))
     f = facts(results)
-    lead = f"{f['runs']} runs of {len(results[0].config['tasks'])} tasks (stream {f['stream']}), seeds {f.get('seed', '?')}; methods: {f['method']}. Accuracies in %, intervals are one standard error over seeds unless a line says otherwise."
+    lead = f"{f['runs']} run{'s' if len(results) > 1 else ''} of {len(results[0].config['tasks'])} tasks (stream {f['stream']}), seeds {f.get('seed', '?')}; methods: {f['method']}. Accuracies in %, intervals are one standard error over seeds unless a line says otherwise."
     footer = f'Made by moe-merge-report {version("moe_merge_nb")}. Runs: ' + '; '.join(f'{k} {v}' for k, v in f.items())
     return SHELL.format(title=html.escape(title), style=STYLE, lead=html.escape(lead), contents=contents, body=body, footer=html.escape(footer))
 
