@@ -110,7 +110,8 @@ def show(result:Result, directory:str):
     print(summary(result).round(2).to_string(index=False), f'\n{os.path.relpath(directory)}')
 
 def main():
-    "Entry point of `moe-merge`; its arguments are Hydra's."
+    "Entry point of `moe-merge`; its arguments are Hydra's. Functions of your own are found in the working directory."
+    sys.path.insert(0, os.getcwd())
     configure()
     return hydra_main(config_name='moe_merge', config_path=None, version_base='1.3')(command)()
 

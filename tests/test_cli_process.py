@@ -14,6 +14,13 @@ def test_a_sweep_runs_every_combination_side_by_side_and_saves_each(tmp_path):
     configs = [json.loads((tmp_path/'sweep'/m/'config.json').read_text()) for m in ('moe', 'moe_merge')]
     assert [c['method'] for c in configs] == ['moe', 'moe_merge'] and configs[0]['merge'] is None and configs[1]['merge']['combine'] == 'mean'
 
+def test_a_rule_of_ones_own_is_one_function_and_one_option(tmp_path):
+    (tmp_path/'my_rules.py').write_text('def task_arithmetic(states, counts, base):\n    return {n: base[n] + 0.5 * sum(s[n] - base[n] for s in states) for n in base}\n')
+    done = command('moe-merge', *TINY, 'merge.combine=my_rules.task_arithmetic', 'experts.shared_init=true', 'merge.every=1', 'merge.until=1', 'hydra.run.dir=run', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in (tmp_path/'run'/'events.jsonl').read_text().splitlines()]
+    assert sum(e['kind'] == 'merge' for e in events) > 0
+
 @pytest.mark.parametrize('bad, says', [('experts.top_k=5', 'top_k is 5, but there are 4 experts'), ('experts.ranks=8', 'ranks'), ('method=moo', 'moo')])
 def test_bad_settings_end_with_one_message_and_leave_nothing(tmp_path, bad, says):
     done = command('moe-merge', *TINY, bad, cwd=tmp_path)
