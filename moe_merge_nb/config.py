@@ -47,5 +47,5 @@ def method(
 # %% ../nbs/80_config.ipynb #76c73900
 EXPERIMENTS = {
     'demo': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[0]),
-    'study': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[100, 101, 102, 103, 104], data_seed=['${seed}']),
+    'study': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[100, 101, 102, 103, 104]),
 }
