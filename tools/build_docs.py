@@ -18,7 +18,9 @@ def for_readers(path, link):
     for c in nb.cells:
         if 'hide_input' in c.directives_: c.metadata['tags'] = ['hide_input']
         if c.cell_type == 'markdown': c.source = LINK.sub(link, c.source)
-    return TagRemovePreprocessor(enabled=True, remove_input_tags={'hide_input'}).preprocess(nbformat.reads(nb2str(nb), as_version=4), {})[0]
+    page = nbformat.reads(nb2str(nb), as_version=4)
+    page.metadata.language_info = {'name': 'python'}
+    return TagRemovePreprocessor(enabled=True, remove_input_tags={'hide_input'}).preprocess(page, {})[0]
 
 def rendered(exporter, path, link, stem):
     "Text of the page and its extra files"
@@ -26,7 +28,8 @@ def rendered(exporter, path, link, stem):
 
 def readme(cfg):
     "README.md as the index notebook says it"
-    return rendered(MarkdownExporter(), cfg.nbs_path/cfg.readme_nb, r'](nbs/\1.ipynb)', 'README')[0].replace('](../', '](').strip() + '\n'
+    text = rendered(MarkdownExporter(), cfg.nbs_path/cfg.readme_nb, r'](nbs/\1.ipynb)', 'README')[0]
+    return re.sub(r'\n{3,}', '\n\n', text.replace('](../', '](')).strip() + '\n'
 
 def write_site(cfg):
     "One page per notebook"
