@@ -9,6 +9,7 @@ __all__ = ['SELECTORS', 'frozen_features', 'dataset_features', 'Oracle', 'Latest
 # %% ../nbs/60_select.ipynb #d9fbc371
 import inspect
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import DataLoader
 from .backbone import towers
@@ -114,26 +115,30 @@ class Gaussian(Fitted):
         self.whiten()
         return self
 
-    def whiten(self):
-        "Sigma's Cholesky factor for each task, and with them the thresholds of all tasks"
-        S, m = sum(self.scatters)/sum(self.freedoms), self.own # (F, F)
-        self.factors = [cholesky((1 - m)*S + m*St/n, self.shrinkage) for St, n in zip(self.scatters, self.freedoms)]
-        self.thresholds = torch.stack([self.distance(t, h).quantile(self.quantile) for t, h in enumerate(self.kept)]).clamp(min=1e-12)
+# %% ../nbs/60_select.ipynb #6f1e0a2a
+@patch
+def whiten(self:Gaussian):
+    "Sigma's Cholesky factor for each task, and with them the thresholds of all tasks"
+    S, m = sum(self.scatters)/sum(self.freedoms), self.own # (F, F)
+    self.factors = [cholesky((1 - m)*S + m*St/n, self.shrinkage) for St, n in zip(self.scatters, self.freedoms)]
+    self.thresholds = torch.stack([self.distance(t, h).quantile(self.quantile) for t, h in enumerate(self.kept)]).clamp(min=1e-12)
 
-    def distance(self, t, features)->torch.Tensor: # (N,)
-        "Mahalanobis distance to the nearest centroid of task t"
-        x, mu = (torch.linalg.solve_triangular(self.factors[t], v.double().T, upper=False).T for v in (features, self.centroids[t]))
-        return torch.cdist(x, mu).min(dim=1).values
+@patch
+def distance(self:Gaussian, t, features)->torch.Tensor: # (N,)
+    "Mahalanobis distance to the nearest centroid of task t"
+    x, mu = (torch.linalg.solve_triangular(self.factors[t], v.double().T, upper=False).T for v in (features, self.centroids[t]))
+    return torch.cdist(x, mu).min(dim=1).values
 
-    def distances(self, features)->torch.Tensor: # (N, tasks)
-        "Mahalanobis distance to the nearest centroid of each task"
-        return torch.stack([self.distance(t, features) for t in range(self.n_tasks)], dim=1)
+@patch
+def distances(self:Gaussian, features)->torch.Tensor: # (N, tasks)
+    "Mahalanobis distance to the nearest centroid of each task"
+    return torch.stack([self.distance(t, features) for t in range(self.n_tasks)], dim=1)
 
-    @property
-    def n_parameters(self)->int:
-        "Numbers that deciding needs: centroids, covariances, thresholds"
-        F = self.centroids[0].shape[1] if self.centroids else 0
-        return sum(mu.numel() for mu in self.centroids) + (self.n_tasks if self.own else 1)*F*(F + 1)//2 + self.n_tasks
+@patch(as_prop=True)
+def n_parameters(self:Gaussian)->int:
+    "Numbers that deciding needs: centroids, covariances, thresholds"
+    F = self.centroids[0].shape[1] if self.centroids else 0
+    return sum(mu.numel() for mu in self.centroids) + (self.n_tasks if self.own else 1)*F*(F + 1)//2 + self.n_tasks
 
 # %% ../nbs/60_select.ipynb #02c788a5
 def cholesky(S, shrinkage):
