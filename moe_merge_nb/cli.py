@@ -118,10 +118,10 @@ def main():
 def command(cfg:DictConfig)->float:
     "One job under Hydra, which says where to save it and, in a sweep, which job it is."
     here = HydraConfig.get()
-    number = OmegaConf.select(here, 'job.num', throw_on_missing=False, default=0)
-    try: result = job(cfg, here.runtime.output_dir, dict(position=number % 8))
+    sweep = here.mode.name == 'MULTIRUN'
+    try: result = job(cfg, here.runtime.output_dir, dict(position=here.job.num % 8, leave=False) if sweep else True)
     except UsageError as e:
-        if here.mode.name == 'MULTIRUN': raise
+        if sweep: raise
         sys.exit(f'moe-merge: {e}')
     show(result, here.runtime.output_dir)
     return float(summary(result).Last.iloc[0])

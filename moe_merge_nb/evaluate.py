@@ -128,13 +128,14 @@ def evaluate(model, # with encode_image and encode_text(inputs, task), .clip, .l
              after:str, # name of the task learned last
              cache:dict|None=None, # the caller's; filled with what a frozen CLIP gives; None: nothing is kept
              predict=routed, # strategy: (logits, s) -> (n, classes)
-             batch=256 # images per pass; does not change the predictions
+             batch=256, # images per pass; does not change the predictions
+             progress=True # show a bar where it takes longer than two seconds
             )->Evaluation:
     "Accuracy on every task of `stream` for several selectors at once; `ValueError` without a selector"
     if not selectors: raise ValueError('selectors is empty: give at least one, for instance {"oracle": Oracle()}')
     matrix, selection, names, cache, training = [], [], ['CLIP', *stream.names], {} if cache is None else cache, model.training
     model.eval()
-    for i, task in enumerate(tqdm(stream, f'evaluate after {after}', delay=2, leave=False)):
+    for i, task in enumerate(tqdm(stream, f'evaluate after {after}', delay=2, leave=False, disable=not progress)):
         if task.name not in cache: cache[task.name] = plain_pass(model, tokenizer, task, batch)
         chosen = {name: s.select(cache[task.name]['features'], task=i) for name, s in selectors.items()}
         for name, right in _task_rows(model, tokenizer, task, cache[task.name], chosen, predict, batch).items():

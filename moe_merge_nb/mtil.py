@@ -120,7 +120,7 @@ def run(
     backbone:tuple|None=None, # (model, tokenizer) from `load_clip`; None: pico. Copied, never changed
     directory:str|Path|None=None, # saved here after every task
     config:dict|None=None, # further entries for the result's config
-    progress:bool|dict=True, # show a bar; a dict: options for tqdm
+    progress:bool|dict=True, # show bars; a dict: one bar with these options of tqdm
 )->Result:
     "Learn `stream` by `method`, evaluating all tasks after each."
     clip, tokenizer = backbone or load_clip()
@@ -134,7 +134,7 @@ def run(
             learner = learn(model, stream, j, tokenizer, method, around, seed)
             trained = time.perf_counter()
             if model.branches: fit_selectors(selectors, clip, task.train)
-            evaluation = evaluate(model, tokenizer, stream, selectors, task.name, cache, STRATEGIES[method.predict])
+            evaluation = evaluate(model, tokenizer, stream, selectors, task.name, cache, STRATEGIES[method.predict], progress=progress is True)
             record(result, learner, task.name, evaluation, dict(train=trained - start, evaluate=time.perf_counter() - trained))
             if directory: save_result(finished(result, model), directory)
     return finished(result, model)
