@@ -71,6 +71,8 @@ class AdaptedCLIP(nn.Module):
 # %% ../nbs/33_adapt.ipynb #9d04529c
 def check_sizes(n_experts=22, rank=64, top_k=2, scale=0.1, dropout=0.1, shared_init=False, gate='top_k', top_p=0.4, mix=once)->Callable:
     "The gate function of these arguments of `AdaptedCLIP`; ValueError where they are impossible, before anything is built."
+    for name, value in dict(n_experts=n_experts, rank=rank, top_k=top_k).items():
+        if not isinstance(value, int): raise ValueError(f'{name} is {value!r}: choose a whole number')
     if n_experts < 0: raise ValueError(f'n_experts is {n_experts}: choose 0 (no mixtures) or more')
     if n_experts and rank < 1: raise ValueError(f'rank is {rank}: an expert needs at least 1 neuron')
     if n_experts and not 1 <= top_k <= n_experts: raise ValueError(f'top_k is {top_k}, but there are {n_experts} experts: choose 1 ... {n_experts}')

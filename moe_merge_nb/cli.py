@@ -22,7 +22,7 @@ from hydra_zen import builds, instantiate, just
 from omegaconf import DictConfig, OmegaConf
 from .backbone import load_clip
 from .config import EXPERIMENTS, METHODS, MODELS, STREAMS
-from .mtil import Method, describe, run
+from .mtil import Method, check_images, describe, run
 from .results import Result, load_result, summary
 
 # %% ../nbs/81_cli.ipynb #0568848b
@@ -93,7 +93,10 @@ def job(cfg:DictConfig, directory:str|None=None, progress:bool|dict=True)->Resul
     found = saved(directory, {**describe(stream, method, cfg.seed), **config}) if directory else None
     if found: return found
     torch.set_num_threads(cfg.threads)
-    return run(stream, method, cfg.seed, made(cfg.model), directory, config, progress)
+    backbone = made(cfg.model)
+    try: check_images(stream, backbone[0])
+    except ValueError as e: raise UsageError(str(e)) from None
+    return run(stream, method, cfg.seed, backbone, directory, config, progress)
 
 # %% ../nbs/81_cli.ipynb #1bc2cb3e
 def saved(directory:str, config:dict)->Result|None:
@@ -121,6 +124,7 @@ def command(cfg:DictConfig)->float:
     sweep = here.mode.name == 'MULTIRUN'
     try: result = job(cfg, here.runtime.output_dir, dict(position=here.job.num % 8, leave=False) if sweep else True)
     except UsageError as e:
+        if not any(Path(here.runtime.output_dir).iterdir()): Path(here.runtime.output_dir).rmdir()
         if sweep: raise
         sys.exit(f'moe-merge: {e}')
     show(result, here.runtime.output_dir)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Combine', 'COMBINE', 'mean', 'usage_weighted', 'choose', 'neurons', 'balance', 'align', 'Merge', 'resolve',
-           'merge_iterations', 'merge_once']
+           'merge_iterations', 'combined', 'merge_once']
 
 # %% ../nbs/42_merge.ipynb #f80e630f
 import pkgutil
@@ -86,7 +86,7 @@ class Merge:
     frozen_sources:bool=True # frozen experts may be sources (they are only read)
     protect:bool=False # never overwrite an expert that a finished task selects in evaluation
     combine:str|Combine='mean' # a name in `COMBINE`, a function, or 'package.module.function'
-    align:bool=False # match neurons before combining
+    align:bool=False # match neurons before combining; rules then get no base
     router:str='keep' # gate column of the target: 'keep', 'mean' of the sources' columns, or 'zero'
     reset_optimizer:bool=True # AdamW's moments of the target belong to its old weights: forget them
 
@@ -123,6 +123,18 @@ def merge_iterations(
     every = rule.every or max(1, last // 4)
     return list(range(every, last + 1, every))[:None if rule.every else 4]
 
+# %% ../nbs/42_merge.ipynb #e2d2d0b9
+def combined(rule:Merge, states:list[State], counts:Tensor, base:State|None)->State:
+    "What `rule.combine` makes of the sources; ValueError names the rule where it fails or returns something else than a state."
+    try: state = resolve(rule.combine)(states, counts, base)
+    except Exception as e:
+        hint = '; base is None: it needs experts.shared_init=true and merge.align=false' if base is None else ''
+        raise ValueError(f'merge.combine={rule.combine!r} failed with {type(e).__name__}: {e}{hint}') from e
+    shapes = {n: tuple(t.shape) for n, t in states[0].items()}
+    if not isinstance(state, dict) or {n: tuple(t.shape) for n, t in state.items()} != shapes:
+        raise ValueError(f'merge.combine={rule.combine!r} must return the tensors {shapes}')
+    return state
+
 # %% ../nbs/42_merge.ipynb #b27118f3
 @torch.no_grad()
 def merge_once(
@@ -138,7 +150,8 @@ def merge_once(
         return {**event, 'kind': 'no_merge', 'why': f'{len(sources)} of {rule.n_sources} sources, no target among {len(counts)} experts ({int(moe.frozen.sum())} frozen, {len(protected)} protected)'}
     states = [read(moe.experts[e]) for e in sources]
     if rule.align: states = [balance(s) for s in states]; states = [states[0], *(align(states[0], s) for s in states[1:])]
-    write(moe.experts[target], resolve(rule.combine)(states, counts[sources], read(moe.base) if moe.base else None))
+    base = read(moe.base) if moe.base and not rule.align else None              # aligned experts have left their common start
+    write(moe.experts[target], combined(rule, states, counts[sources], base))
     gate = moe.routers[-1].gate                                                                     # (width, experts)
     if rule.router == 'mean': gate[:, target] = gate[:, sources].mean(1)
     if rule.router == 'zero': gate[:, target] = 0

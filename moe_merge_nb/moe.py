@@ -44,7 +44,7 @@ def mix_stacked(
     gates:Tensor, # (batch, experts)
     experts:nn.ModuleList, # of `Expert`
 )->Tensor: # (batch, tokens, width)
-    "The mixture with the selected experts side by side: equal to `mix_loop`, cost independent of the number of experts."
+    "The mixture with the selected experts side by side: equal to `mix_loop`; its cost depends on the distinct experts of the batch."
     chosen, weights = selected(gates)                                       # (batch, k)
     used, place = chosen.unique(return_inverse=True)                        # (used,), (batch, k)
     used = [experts[e] for e in used.tolist()]

@@ -59,7 +59,7 @@ def lr_factor(
     w:int, # of which warm-up
 )->float: # 0 ... 1
     "Linear warm-up, then cosine to zero."
-    return (i + 1) / w if i < w else 0.5 * (1 + math.cos(math.pi * (i - w) / (n - w)))
+    return (i + 1) / w if i < w else 0.5 * (1 + math.cos(math.pi * (i - w) / max(1, n - w)))
 
 # %% ../nbs/50_train.ipynb #96804399
 def batch_indices(
@@ -115,12 +115,12 @@ def train_task(
     tokenizer, # texts -> (n, context)
     settings:Train=Train(),
     tune:str='adapters', # see `trainable`
-    lr:float|None=None, # peak; None: `settings.lr`
+    lr:float|None=None, # peak; None: the one of `settings` for this task
     callbacks:Iterable[Callback]=(),
     seed:int=0, # of the order of images, noise and dropout
 )->Learner:
     "Train `task`; the random state of the caller is left as it was."
-    optimizer = torch.optim.AdamW(trainable(model, tune), lr=lr or settings.lrs(1)[0], betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trainable(model, tune), lr=lr or settings.lrs(index + 1)[index], betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, settings.iterations, settings.warmup))
     learner = Learner(model, task, index, optimizer, settings, tokenizer(prompts(task)))
     order = batch_indices(len(task.train), settings.batch, settings.iterations, seed)

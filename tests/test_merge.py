@@ -68,6 +68,13 @@ def test_four_merges_the_last_at_three_quarters():
     assert merge_iterations(Merge(every=200), 150) == []
 
 
+def test_a_rule_that_fails_is_named():
+    def broken(states, counts, base): return {n: base[n] for n in base}
+    for bad, says in ((broken, 'shared_init'), (lambda *a: None, 'must return'), (lambda s, c, b: {**s[0], 'up.bias': torch.zeros(3)}, 'must return')):
+        moe = MoE('image', 0, 8, 4, 3); moe.add_task()
+        with pytest.raises(ValueError, match=says): merge_once(moe, torch.tensor([4, 9, 1, 7]), Merge(combine=bad))
+
+
 def test_a_merge_writes_the_target_and_nothing_else():
     torch.manual_seed(0)
     moe = MoE('image', 0, 8, 4, 3); moe.add_task()

@@ -20,6 +20,10 @@ def test_a_method_refuses_what_cannot_be():
     with pytest.raises(TypeError, match='experts_'): Method('m', experts=dict(experts_=2))
 
 
+def test_a_merge_that_would_never_happen_is_refused():
+    with pytest.raises(ValueError, match='merge.every is 10'): Method('m', train=Train(iterations=12, warmup=1), merge=Merge(every=10))
+
+
 backbone = load_clip('pico', 'random')
 quick = Train(iterations=10, batch=8, lr=1e-2, warmup=2)
 def small(name='moe_merge', **kw):

@@ -19,6 +19,7 @@ def test_the_schedule_rises_to_one_and_falls_to_zero():
     f = [lr_factor(i, 100, 10) for i in range(100)]
     assert f[9] == f[10] == 1 and f[:10] == sorted(f[:10]) and f[10:] == sorted(f[10:], reverse=True)
     assert f[-1] < 1e-3 and abs(lr_factor(55, 100, 10) - 0.5) < 1e-12
+    assert [lr_factor(i, 3, 3) for i in range(4)] == [1/3, 2/3, 1, 1]                      # nothing but warm-up is allowed
 
 
 def test_every_image_is_seen_once_per_pass():

@@ -20,6 +20,8 @@ def save_outputs(path, flags=()):
     for cell in nb.cells:
         if cell.cell_type == 'code' and not left_out(cell): cell.outputs = []
     with working_directory(path.parent): shell.run_all(nb, exc_stop=True, preproc=left_out)
+    for cell in nb.cells:  # warnings and progress bars are not what a reader should see
+        if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     clean_nb(nb, clean_ids=cfg.clean_ids)
     write_nb(nb, path)
 
