@@ -22,7 +22,7 @@ class FreezeMostUsed(Callback):
     freeze_bug:bool=False # see `freeze_most_used`
 
     def after_task(self, learner:Learner):
-        found = freeze_most_used(learner.model, learner.usage.counts, self.n, self.freeze_bug)
+        found = freeze_most_used(learner.model, learner.counts(), self.n, self.freeze_bug)
         learner.events += [dict(task=learner.task.name, iteration=learner.iteration, **e) for e in found]
 
 # %% ../nbs/51_callbacks.ipynb #53da726a
@@ -36,8 +36,9 @@ class MergeMostUsed(Callback):
 
     def after_step(self, learner:Learner):
         if learner.iteration not in self.when: return
-        window = since(learner.usage.counts, self.before)
-        if self.rule.window == 'since_last': self.before = dict(learner.usage.counts)
+        now = learner.counts()
+        window = since(now, self.before)
+        if self.rule.window == 'since_last': self.before = dict(now)
         for moe in learner.model.moes:
             key = moe.tower, moe.block
             event = merge_once(moe, window[key], self.rule, self.protected.get(key, set()))
@@ -49,6 +50,9 @@ class MergeMostUsed(Callback):
         if not self.rule.protect: return
         for key, experts in evaluated_experts(learner).items(): self.protected.setdefault(key, set()).update(experts)
 
+    def state(self)->dict: return dict(protected=[[tower, block, sorted(experts)] for (tower, block), experts in self.protected.items()])
+    def restore(self, state:dict): self.protected = {(tower, block): set(experts) for tower, block, experts in state['protected']}
+
 # %% ../nbs/51_callbacks.ipynb #e2fd05cd
 @torch.no_grad()
 def evaluated_experts(
@@ -56,6 +60,7 @@ def evaluated_experts(
 )->dict[Block, set[int]]:
     "The experts that the task's own images and prompts select, without noise."
     model, usage = learner.model.eval(), Usage()
-    for images, _ in DataLoader(learner.task.train, 256): model.encode_image(images, learner.index, usage)
+    device = model.logit_scale.device
+    for images, _ in DataLoader(learner.task.calibration, 128): model.encode_image(images.to(device), learner.index, usage)
     model.encode_text(learner.tokens, learner.index, usage)
     return {key: set(c.nonzero().flatten().tolist()) for key, c in usage.counts.items()}

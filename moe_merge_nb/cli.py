@@ -22,7 +22,7 @@ from hydra_zen import builds, instantiate, just
 from omegaconf import DictConfig, OmegaConf
 from .backbone import load_clip
 from .config import EXPERIMENTS, METHODS, MODELS, STREAMS
-from .mtil import Method, check_images, describe, run
+from .loop import Method, check_images, describe, run
 from .results import Result, load_result, summary
 
 # %% ../nbs/81_cli.ipynb #0568848b

@@ -10,7 +10,7 @@ from dataclasses import replace
 from .callbacks import FreezeMostUsed
 from .merge import Merge
 from .mini import mini
-from .mtil import Method
+from .loop import Method
 from .tasks import toy_stream
 from .train import Train
 

@@ -60,6 +60,7 @@ def _check_task(t):
     if not t.templates: raise ValueError(f'task {t.name!r} has 0 templates; it needs at least 1')
     for s in t.templates:
         if s.count('{}') != 1: raise ValueError(f"task {t.name!r}: template {s!r} has {s.count('{}')} gaps; it needs exactly one '{{}}'")
+    if len(t.calibration) != len(t.train): raise ValueError(f'task {t.name!r}: calibration has {len(t.calibration)} images; it needs the {len(t.train)} of train')
     for split in ('train', 'test'):
         if not len(getattr(t, split)): raise ValueError(f'task {t.name!r}: {split} has 0 images; it needs at least 1')
 
@@ -72,7 +73,9 @@ class Task:
     templates:tuple[str, ...] # each with one '{}' for the class name; the first is the training prompt
     train:Dataset # (image (3, H, W), label int)
     test:Dataset # (image (3, H, W), label int)
+    calibration:Dataset|None=None # the training images as they look in evaluation, without augmentation; None: `train`
     def __post_init__(self):
+        if self.calibration is None: object.__setattr__(self, 'calibration', self.train)
         for field in ('classes', 'templates'): object.__setattr__(self, field, _names(self.name, field, getattr(self, field)))
         _check_task(self)
     def __repr__(self): return f'Task({self.name}: {len(self.classes)} classes, {len(self.train)} train, {len(self.test)} test)'

@@ -33,7 +33,7 @@ def test_unknown_keys_are_refused():
 
 def test_the_command_runs_what_python_runs():
     from moe_merge_nb.backbone import load_clip
-    from moe_merge_nb.mtil import run
+    from moe_merge_nb.loop import run
     from moe_merge_nb.tasks import toy_stream
     cfg = composed(*tiny)
     a, b = job(cfg, progress=False), run(toy_stream(2), method_of(cfg), 0, load_clip('pico', 'random'), progress=False)

@@ -33,7 +33,8 @@ def test_impossible_tasks_are_refused():
     assert Task(**good).classes == ('cat', 'dog')
     none = Images(np.zeros((0, 3, 8, 8), 'uint8'), [])
     for wrong, words in [(dict(classes=[]), '0 classes'), (dict(classes=['cat', 'cat']), 'cat'), (dict(classes='cat'), 'tuple'), (dict(templates=[]), '0 templates'),
-                         (dict(templates=['a photo.']), '0 gaps'), (dict(templates=['a {} {}.']), '2 gaps'), (dict(test=none), 'test has 0 images'), (dict(train=none), 'train has 0 images')]:
+                         (dict(templates=['a photo.']), '0 gaps'), (dict(templates=['a {} {}.']), '2 gaps'), (dict(test=none), 'test has 0 images'), (dict(train=none), 'train has 0 images'),
+                         (dict(calibration=Images(np.zeros((1, 3, 8, 8), 'uint8'), [0])), 'calibration has 1 images; it needs the 2')]:
         with pytest.raises(ValueError, match=words) as e: Task(**(good | wrong))
         assert 'Pets' in str(e.value)
 

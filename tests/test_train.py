@@ -12,7 +12,13 @@ from moe_merge_nb.train import *
 def test_impossible_settings_are_refused_by_field():
     for name, value in dict(iterations=0, batch=0, warmup=2000, label_smoothing=1., lr=0.).items():
         with pytest.raises(ValueError, match=f'train.{name}'): Train(**{name: value})
-    with pytest.raises(ValueError, match='2 values for 3 tasks'): Train(lr=(1., 2.)).lrs(3)
+    with pytest.raises(ValueError, match='precision'): Train(precision='int3')
+    with pytest.raises(ValueError, match='micro_batch is 0'): Train(micro_batch=0)
+
+
+def test_a_learning_rate_per_task_goes_by_its_name():
+    assert Train(lr={'Pets': .1, 'Cars': .2}).lr_of('Cars') == .2 and Train(lr=.3).lr_of('Cars') == .3
+    with pytest.raises(ValueError, match="no entry for task 'Food'"): Train(lr={'Pets': .1}).lr_of('Food')
 
 
 def test_the_schedule_rises_to_one_and_falls_to_zero():
@@ -70,3 +76,34 @@ def test_usage_counts_every_sequence_of_the_task():
     model, tokenizer = small_model()
     usage = train_task(model, toy_stream()[0], 0, tokenizer, quick).usage
     assert all(c.sum() == 2 * 12 * (8 if tower == 'image' else 3) for (tower, _), c in usage.counts.items())
+
+
+def test_micro_batches_add_up_to_the_batch():
+    def trained(**kw):
+        model, tokenizer = small_model()
+        for m in model.moes:
+            for e in m.experts: e.dropout.p = 0.
+            m.gate = lambda h: top_k_gates(h.detach() * 0 + torch.arange(6.), 2)              # no noise in the choice
+        train_task(model, toy_stream()[0], 0, tokenizer, Train(iterations=6, batch=9, lr=1e-2, warmup=2, **kw))
+        return torch.cat([p.detach().flatten() for p in model.branches.parameters()])
+    whole, pieces = trained(), trained(micro_batch=4)
+    assert (whole - pieces).abs().max() < 1e-5 < (whole - trained(label_smoothing=0.)).abs().max()
+
+
+def test_half_precision_learns_the_same_task_and_keeps_fp32_weights():
+    model, tokenizer = small_model()
+    losses = []
+    class Watch(Callback):
+        def after_step(self, learner): losses.append(learner.loss)
+    train_task(model, toy_stream()[0], 0, tokenizer, Train(iterations=25, batch=16, lr=1e-2, warmup=3, precision='bf16'), callbacks=[Watch()])
+    assert losses[-1] < losses[0] and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_callback_can_add_to_the_loss():
+    class Shrink(Callback):
+        def loss(self, learner, images, labels): return sum(e.up.weight.square().sum() for m in learner.model.moes for e in m.experts)
+    def size(callbacks):
+        model, tokenizer = small_model()
+        train_task(model, toy_stream()[0], 0, tokenizer, quick, callbacks=callbacks)
+        return float(sum(e.up.weight.square().sum() for m in model.moes for e in m.experts))
+    assert size([Shrink()]) < .9 * size([])
