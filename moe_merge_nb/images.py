@@ -123,6 +123,7 @@ def saved_few_shot(
     classes:Sequence[str]|None=None, # names, for messages
 )->list[int]: # positions, ascending
     "The list in the file; drawn and saved if there is none. ValueError if the file is damaged or was made for something else."
+    if names is not None and len(names) != len(labels): raise ValueError(f'{len(names)} names beside {len(labels)} labels; give one name per image')
     path, want = Path(path), dict(shots=shots, seed=seed, images=len(labels), fingerprint=_fingerprint(labels, names))
     if not path.exists():
         keep = few_shot(labels, shots, seed, classes)

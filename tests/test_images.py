@@ -162,6 +162,7 @@ def test_one_list_for_every_stage_and_only_for_its_data():
         keep = saved_few_shot(path, labels, 4, 1, names)
         assert keep == few_shot(labels, 4, 1) and [p.name for p in path.parent.iterdir()] == ['list.json'] # nothing half-written stays
         other = [next(i for i in range(30) if i not in keep and i % 3 == keep[0] % 3), *keep[1:]]
+        with pytest.raises(ValueError, match='29 names beside 30'): saved_few_shot(path, labels, 4, 1, names[:-1])
         content = json.loads(path.read_text())
         assert content['names'] == [names[i] for i in keep]
         path.write_text(json.dumps(content | dict(positions=other))) # as if drawn by another library
