@@ -23,6 +23,7 @@ class Scope:
     "What the current forward pass asks of the mixtures."
     task:int|None = None # whose routers decide; None: the mixtures are off
     probe:Callable[[Routing], None]|None = None # told of every routing decision
+    share:tuple[int, int] = (0, 1) # i, n: the images are the i-th of n parts of a batch (several processes; all have the same prompts)
 
 # %% ../nbs/33_adapt.ipynb #c5805611
 class Branch(nn.Module):
@@ -36,8 +37,8 @@ class Branch(nn.Module):
 
     def read(self, ln_2:nn.Module, inputs:tuple[Tensor]):
         "Before ln_2: compute y from its input."
-        on = self.scope.task is not None
-        self.y = mixture(self.moe, inputs[0], self.scope.task, self.scope.probe) if on else None
+        on, share = self.scope.task is not None, self.scope.share if self.moe.tower == 'image' else (0, 1)
+        self.y = mixture(self.moe, inputs[0], self.scope.task, self.scope.probe, share) if on else None
 
     def add(self, ls_2:nn.Module, inputs:tuple[Tensor], output:Tensor):
         "After ls_2: add y; returning None leaves open_clip's output untouched."

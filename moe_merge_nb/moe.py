@@ -104,14 +104,15 @@ def route(
     moe:MoE, # the layer
     task:int, # whose router decides
     probe:Callable[[Routing], None]|None, # told of the decision
+    share:tuple[int, int], # which part of a batch `x` is; see `Router`
     x:Tensor, # (batch, tokens, width)
 )->Tensor: # (batch, experts)
     "Gates for the sequences `x`, noisy in training."
-    logits = moe.routers[task](x[:, 0], noisy=moe.training)
+    logits = moe.routers[task](x[:, 0], moe.training, share)
     gates = moe.gate(logits)
     if probe: probe(Routing(moe.tower, moe.block, task, x, logits.detach(), gates.detach()))
     return gates
 
-def mixture(moe:MoE, x:Tensor, task:int, probe=None)->Tensor: # (batch, tokens, width)
+def mixture(moe:MoE, x:Tensor, task:int, probe=None, share:tuple[int, int]=(0, 1))->Tensor: # (batch, tokens, width)
     "`y` for the sequences `x`, routed by the router of `task`."
-    return moe.mix(x, partial(route, moe, task, probe), moe.experts)
+    return moe.mix(x, partial(route, moe, task, probe, share), moe.experts)

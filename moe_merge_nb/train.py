@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from accelerate import Accelerator
 from .adapt import AdaptedCLIP, trainable
-from .devices import average_gradients, shares, total_counts
+from .devices import alone, average_gradients, shares, total_counts
 from .tasks import Task, prompts
 from .usage import Block, Usage
 
@@ -169,6 +169,7 @@ def train_task(
     learner = Learner(model, task, index, optimizer, settings, tokenizer, tokenizer(prompts(task)).to(device), **known)
     order = shares(batch_indices(len(task.train), settings.batch, settings.iterations, seed), learner.accelerator)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == 'fp16')
+    model.scope.share = (0, 1) if alone(learner.accelerator) else (learner.accelerator.process_index, learner.accelerator.num_processes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.train()
@@ -178,5 +179,6 @@ def train_task(
             schedule.step()
             for c in callbacks: c.after_step(learner)
         model.eval()
+        model.scope.share = (0, 1)
         for c in callbacks: c.after_task(learner)
     return learner

@@ -35,9 +35,9 @@ def since(
 
 # %% ../nbs/40_usage.ipynb #a9f9ed5d
 def usage_rows(
-    usage:Usage,
+    counts:dict[Block, Tensor], # (experts,) for each block
     after:str, # name of the task that was trained
 )->list[dict]: # after, tower, block, expert, count
     "One row per expert."
     return [dict(after=after, tower=tower, block=block, expert=e, count=c)
-            for (tower, block), counts in usage.counts.items() for e, c in enumerate(counts.tolist())]
+            for (tower, block), row in counts.items() for e, c in enumerate(row.tolist())]

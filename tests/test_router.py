@@ -11,6 +11,14 @@ def test_evaluation_has_no_noise_and_training_has():
     assert torch.equal(r(x0), r(x0)) and not torch.equal(r(x0, noisy=True), r(x0, noisy=True))
 
 
+def test_parts_of_a_batch_draw_the_noise_of_the_whole():
+    r, x0 = Router(8, 5), torch.randn(6, 8)
+    def draw(x0, **kw):
+        torch.manual_seed(3)
+        return r(x0, noisy=True, **kw)
+    assert torch.equal(draw(x0), torch.cat([draw(x0[2*i:2*i + 2], share=(i, 3)) for i in range(3)]))
+
+
 def test_initial_noise_has_its_closed_form_size():
     torch.manual_seed(0)
     h = Router(8, 5)(torch.randn(20_000, 8), noisy=True)
