@@ -4,7 +4,7 @@
 import numpy as np, pandas as pd, pytest, torch
 from moe_merge_nb.adapt import AdaptedCLIP
 from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.evaluate import averaged, class_embeddings, evaluate, mtil_metrics, plain_pass, routed
+from moe_merge_nb.evaluate import View, averaged, class_embeddings, evaluate, mtil_metrics, plain_pass, routed
 from moe_merge_nb.select import Latest, Oracle, dataset_features, make_selector
 from moe_merge_nb.tasks import prompts, stack, toy_stream
 
@@ -68,12 +68,22 @@ def test_plain_logits_are_those_of_clip():
     z, w = net.clip.encode_image(images), class_embeddings(net, tok, task)
     torch.testing.assert_close(p['logits'], net.logit_scale.exp()*z/z.norm(dim=1, keepdim=True) @ w.T, rtol=1e-4, atol=1e-4)
     assert (p['labels'] == labels).all()
+    odd = plain_pass(net, tok, task, index=torch.arange(1, 24, 2))
+    torch.testing.assert_close(odd['features'], p['features'][1::2], rtol=1e-4, atol=1e-4)
+    assert (odd['labels'] == labels[1::2]).all()
 
 
 def test_strategies():
     say = {-1: torch.tensor([[9., 0, 0], [.1, 0, 0]]), 0: torch.tensor([[0, 3., 0], [0, 3, 0]])}
-    assert routed(say.get, 0).argmax(1).tolist() == [1, 1] and averaged(say.get, 0).argmax(1).tolist() == [0, 1]
-    torch.testing.assert_close(averaged(say.get, -1), say[-1].softmax(1)) # two equal opinions
+    view, plain = (View(0, s, torch.zeros(2, 3), say.get) for s in (0, -1))
+    assert routed(view).argmax(1).tolist() == [1, 1] and averaged(view).argmax(1).tolist() == [0, 1]
+    torch.testing.assert_close(averaged(plain), say[-1].softmax(1)) # two equal opinions
+
+
+def test_a_view_computes_each_opinion_once():
+    asked = []
+    view = View(0, 1, torch.zeros(2, 3), lambda s: asked.append(s) or torch.full((2, 3), float(s)))
+    assert asked == [] and averaged(view).shape == averaged(view).shape == (2, 3) and asked == [-1, 1]
 
 
 def test_evaluation_does_not_depend_on_the_batch_size():
@@ -95,8 +105,8 @@ def test_several_selectors_at_once_are_the_same_as_one_by_one():
         for s in picks.values(): s.fit(*dataset_features(net.clip, task.train))
     together = evaluate(net, tok, toys, picks, after='circles')
     for name, s in picks.items():
-        alone = evaluate(net, tok, toys, {name: s}, after='circles')
-        for a, b in zip(alone, together): pd.testing.assert_frame_equal(a, b[b.selector == name].reset_index(drop=True))
+        single = evaluate(net, tok, toys, {name: s}, after='circles')
+        for a, b in zip(single, together): pd.testing.assert_frame_equal(a, b[b.selector == name].reset_index(drop=True))
     assert (together.selection.groupby(['selector', 'task'])['count'].sum() == 24).all()
 
 
@@ -124,13 +134,38 @@ def test_the_cache_changes_nothing_and_spares_the_plain_passes():
 def test_strategies_reach_the_prediction():
     net, tok = toy_model()
     toys, oracle, asked = toy_stream(2), {'oracle': Oracle().fit(None)}, []
-    def first_class(logits, s):
-        asked.append(s)
-        return torch.nn.functional.one_hot(torch.zeros(len(logits(s)), dtype=torch.long), 3)
+    def first_class(view):
+        asked.append((view.task, view.s))
+        return torch.nn.functional.one_hot(torch.zeros(len(view.features), dtype=torch.long), 3)
     m = evaluate(net, tok, toys, oracle, after='squares', predict=first_class).matrix
-    share = [100*(stack(t.test)[1] == 0).double().mean().item() for t in toys]
-    assert m.accuracy.tolist() == pytest.approx(share) and asked == [0, -1]
+    firsts = [100*(stack(t.test)[1] == 0).double().mean().item() for t in toys]
+    assert m.accuracy.tolist() == pytest.approx(firsts) and asked == [(0, 0), (1, -1)]
     assert evaluate(net, tok, toys, oracle, after='squares', predict=averaged).matrix.shape == m.shape
+
+
+def test_several_processes_return_the_tables_of_one():
+    import tempfile
+    from dataclasses import replace
+    from accelerate import Accelerator, debug_launcher
+    from torch.utils.data import Subset
+    from moe_merge_nb.tasks import Stream
+    def setting():
+        "A model, a stream whose third task has one test image, fitted selectors"
+        (net, tok), (a, b, c) = toy_model(), toy_stream(3)
+        picks = {name: make_selector(name) for name in ('oracle', 'none', 'gaussian')}
+        for task in (a, b):
+            for s in picks.values(): s.fit(*dataset_features(net.clip, task.train))
+        return net, tok, Stream('toy', (a, b, replace(c, test=Subset(c.test, [5])))), picks
+    def work(path):
+        accelerator, cache = Accelerator(cpu=True), {}
+        row = evaluate(*setting(), after='circles', cache=cache, accelerator=accelerator)
+        torch.save((row.matrix.to_csv(), row.selection.to_csv(), [len(p['labels']) for p in cache.values()]), f'{path}/{accelerator.process_index}.pt')
+    one = evaluate(*setting(), after='circles')
+    with tempfile.TemporaryDirectory() as d:
+        debug_launcher(work, (d,), num_processes=2)
+        first, second = (torch.load(f'{d}/{r}.pt') for r in range(2))
+    assert first[:2] == second[:2] == (one.matrix.to_csv(), one.selection.to_csv())
+    assert first[2] == [12, 12, 1] and second[2] == [12, 12] # each saw its share
 
 
 def test_training_mode_is_left_as_it_was():
