@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_STRETCH', 'open_image', 'to_rgb', 'train_transform', 'test_transform', 'few_shot',
-           'saved_few_shot']
+           'write_json', 'saved_few_shot']
 
 # %% ../nbs/15_images.ipynb #116ba606
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,9 +56,10 @@ def open_image(
 )->Image.Image: # RGB, upright
     "The image in a file, by the rule above; ValueError naming the file and the reason if it is refused."
     try:
-        with open(path, 'rb') as f:
-            if not os.fstat(f.fileno()).st_size: raise ValueError('it has 0 bytes')
-            return _decode(f)
+        info = os.stat(path) # before opening it: the opening of a named pipe may wait for ever
+        if not stat.S_ISREG(info.st_mode): raise ValueError('it is no regular file')
+        if not info.st_size: raise ValueError('it has 0 bytes')
+        with open(path, 'rb') as f: return _decode(f)
     except UnidentifiedImageError: reason = f"it is none of {', '.join(FORMATS)}, or too damaged to tell"
     except Image.DecompressionBombError: reason = f'it has more than {MAX_PIXELS:,} pixels' # Pillow's own check, at twice that
     except MemoryError: raise
@@ -108,8 +110,11 @@ def _fingerprint(labels, names):
     "Of all labels and names, in order"
     return hashlib.sha256(json.dumps([np.asarray(labels).tolist(), list(map(str, names or []))]).encode()).hexdigest()
 
-def _write_json(path, content):
-    "All or nothing, so that a second process never reads half a file"
+def write_json(
+    path:Path, # folders are made
+    content, # anything JSON can hold
+):
+    "Write all or nothing, so that a second process never reads half a file."
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile('w', dir=path.parent, suffix='.part', delete=False, encoding='utf-8') as f: json.dump(content, f, indent=1)
     os.replace(f.name, path)
@@ -127,7 +132,7 @@ def saved_few_shot(
     path, want = Path(path), dict(shots=shots, seed=seed, images=len(labels), fingerprint=_fingerprint(labels, names))
     if not path.exists():
         keep = few_shot(labels, shots, seed, classes)
-        _write_json(path, want | dict(positions=keep) | (dict(names=[str(names[i]) for i in keep]) if names else {}))
+        write_json(path, want | dict(positions=keep) | (dict(names=[str(names[i]) for i in keep]) if names else {}))
     return _read_list(path, want, np.asarray(labels))
 
 def _read_list(path, want, labels):
