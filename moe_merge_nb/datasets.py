@@ -60,7 +60,8 @@ ARCHIVES = { # where to get a dataset by hand, and what to do with it; folders a
     'OxfordPet': 'images.tar.gz and annotations.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/pets/, unpacked in oxford-iiit-pet/',
     'StanfordCars': 'torchvision has no link any more. Images: https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset, as stanford_cars/cars_train/*.jpg and cars_test/*.jpg (the archive has each folder twice, one in the other). '
         'devkit/ and cars_test_annos_withlabels.mat: https://www.kaggle.com/datasets/abdelrahmant11/standford-cars-dataset-meta (rename "cars_test_annos_withlabels (1).mat"), in stanford_cars/',
-    'SUN397': 'SUN397.tar.gz (37 GB, md5 8ca2778205c41d23104230ba66911c7a); torchvision\'s link to Princeton is dead (pytorch/vision #9348, which collects copies); unpacked in the root, with SUN397/ClassName.txt'}
+    'SUN397': 'torchvision\'s link to Princeton is dead (pytorch/vision #9348). Any copy of SUN397.tar.gz (37 GB) with md5 8ca2778205c41d23104230ba66911c7a will do, '
+        'one is reported at https://huggingface.co/zhengli97/SUN397_Dataset; unpacked in the root, with SUN397/ClassName.txt'}
 
 # %% ../nbs/16_datasets.ipynb #0d503986
 @cache
@@ -153,7 +154,8 @@ class Found(NamedTuple):
 
 def _absent(part):
     "Image files of `part` that do not exist; one listing per folder, since there are up to 100,000 files"
-    paths = [files(part.dataset)[i] for i in part.indices] if files(part.dataset) else []
+    all_paths = files(part.dataset)
+    paths = [all_paths[i] for i in part.indices] if all_paths else []
     there = {d: set(os.listdir(d)) if os.path.isdir(d) else set() for d in {os.path.dirname(p) for p in paths}}
     return [p for p in paths if os.path.basename(p) not in there[os.path.dirname(p)]]
 

@@ -21,11 +21,11 @@ def draw(
     hue:float, # 0 to 1
     size:tuple[int, int]|None=None, # width, height in pixels; None: 64 to 96 each
 )->Image.Image:
-    "A disc on noise."
+    "A disc on a grey gradient."
     w, h = size or rng.integers(64, 97, 2)
     y, x = np.mgrid[:h, :w]
     inside = np.hypot(x - w*rng.uniform(.4, .6), y - h*rng.uniform(.4, .6)) < .35*min(w, h)
-    ground = rng.uniform(60, 190) + 20*rng.standard_normal((h, w, 1))
+    ground = np.linspace(*rng.uniform(40, 210, 2), w)[None, :, None] # from one grey to another
     colour = 255*np.array(colorsys.hsv_to_rgb(hue, .85, .95))
     return Image.fromarray(np.where(inside[..., None], colour, ground).clip(0, 255).astype('uint8'))
 
