@@ -89,6 +89,9 @@ def _checked(path):
     except ValueError as e: return stamp, str(e).removeprefix(f'{path}: ')
     return stamp, None
 
+
+
+# %% ../nbs/17_folder.ipynb #6d4f1165
 def _kept(path, rule):
     "`{file: stamp}` of the files that were found good before; nothing if that cannot be read or used another rule"
     try:
@@ -131,8 +134,8 @@ class Files(Dataset):
     def __len__(self): return len(self.paths)
     def __getitem__(self, i):
         now = _stamp(self.paths[i])
-        if now != self.stamps[i]: raise ValueError(f"{self.paths[i]} has {'changed' if now else 'vanished'} since the images were verified; restore it, or start again to verify anew")
-        return self.transform(open_image(self.paths[i])), int(self.labels[i])
+        if now == self.stamps[i]: return self.transform(open_image(self.paths[i])), int(self.labels[i])
+        raise ValueError(f"{self.paths[i]} has {'changed' if now else 'vanished'} since the images were verified; restore it, or start again to verify anew")
     def only(self, keep:Sequence[int])->'Files': # positions
         "The same with fewer files."
         return Files([self.paths[i] for i in keep], self.labels[list(keep)], [self.stamps[i] for i in keep], self.transform)
@@ -144,7 +147,7 @@ def _tasks(root, order):
     found = {e.name: Path(e.path) for e in _visible(root) if e.is_dir()}
     if not found: raise ValueError(f'{root} has no task; make one sub-folder per task, each with train/ and test/ in it')
     if order is None: return list(found.values())
-    if isinstance(order, (str, int)) or sorted(order) != sorted(found): raise ValueError(f'order is {order!r}; give a list with each of the tasks once: {list(found)}')
+    if isinstance(order, (str, int)) or sorted(map(str, order)) != sorted(found): raise ValueError(f'order is {order!r}; give a list with each of the tasks once: {list(found)}')
     return [found[name] for name in order]
 
 def _layout(task):
@@ -154,6 +157,7 @@ def _layout(task):
     if unknown: raise ValueError(f'task {task.name!r}: test/ has the classes {unknown}, which train/ does not have; it has {list(train)}')
     return dict(train=train, test=test), a + b
 
+# %% ../nbs/17_folder.ipynb #488653b2
 def _bad_files(bad, root, on_bad):
     "Name what is bad, by warning or error"
     if not bad: return
@@ -165,11 +169,24 @@ def _bad_files(bad, root, on_bad):
 def _files(task, split, classes, labels, found, transform):
     "The good files of one split; ValueError if a class has none"
     good = [(f, labels[c]) for c, files in classes.items() for f in files if found[f][1] is None]
-    empty = [c for c in classes if labels[c] not in {y for _, y in good}]
-    if empty: raise ValueError(f'task {task.name!r}: no image in {split}/ of the classes {empty} is good; replace the images or remove the class folders. The first is {classes[empty[0]][0]}: {found[classes[empty[0]][0]][1]}')
+    have = {y for _, y in good}
+    for c, files in classes.items():
+        if labels[c] in have: continue
+        raise ValueError(f'task {task.name!r}: no image in {split}/{c} is good ({Path(files[0]).name}: {found[files[0]][1]}); replace the images or remove the class')
     return Files([f for f, _ in good], [y for _, y in good], [found[f][0] for f, _ in good], transform)
 
-# %% ../nbs/17_folder.ipynb #488653b2
+# %% ../nbs/17_folder.ipynb #a75a575d
+def _digest(content): return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+def _fingerprint(root, found, tasks):
+    "Of the names and sizes of the good files, the class names and the templates"
+    files = sorted((os.path.relpath(f, root), stamp[0]) for f, (stamp, reason) in found.items() if reason is None)
+    return _digest([files, sorted((t.name, t.classes, t.templates) for t in tasks)])
+
+def _cache_file(root, cache):
+    "Where the verification of `root` is remembered"
+    return Path(cache or platformdirs.user_cache_dir('moe_merge_nb'))/f'folder-{_digest(os.path.realpath(root))}.json'
+
 def _made(task, splits, found, size, shots, seed):
     "One task out of its good files"
     labels = {c: i for i, c in enumerate(splits['train'])}
@@ -179,6 +196,7 @@ def _made(task, splits, found, size, shots, seed):
     if shots is not None: train = train.only(few_shot(train.labels, shots, seed, names))
     return Task(task.name, names, _templates(task), train, test, Files(train.paths, train.labels, train.stamps, seen))
 
+# %% ../nbs/17_folder.ipynb #295d3f82
 def folder(
     root:str|Path, # one sub-folder per task, each with train/ and test/ by class
     order:Sequence[str]|None=None, # of the tasks; None: alphabetical
@@ -194,12 +212,9 @@ def folder(
     layout = {task: _layout(task) for task in _tasks(root, order)}
     for task, (splits, _) in layout.items(): _templates(task), _class_names(task, list(splits['train'])), test_transform(size) # their errors first
     files = [f for splits, _ in layout.values() for classes in splits.values() for fs in classes.values() for f in fs]
-    found = verify(files, Path(cache or platformdirs.user_cache_dir('moe_merge_nb'))/f'folder-{_digest(os.path.realpath(root))}.json')
+    found = verify(files, _cache_file(root, cache))
     bad = {f: found[f][1] for f in files if found[f][1]} | {f: 'it lies in no class folder' for _, stray in layout.values() for f in stray}
     _bad_files(bad, root, on_bad)
     tasks = [_made(task, splits, found, size, shots, data_seed) for task, (splits, _) in layout.items()]
-    good = sorted((os.path.relpath(f, root), found[f][0][0]) for f in files if not found[f][1])
-    info = dict(root=str(root), data_seed=data_seed, order=list(order) if order else None, shots=shots, size=size, on_bad=on_bad, skipped=len(bad), fingerprint=_digest(good))
-    return Stream('folder', tuple(tasks), info)
-
-def _digest(content): return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    settings = dict(root=str(root), data_seed=data_seed, order=list(order) if order else None, shots=shots, size=size, on_bad=on_bad)
+    return Stream('folder', tuple(tasks), settings | dict(skipped=len(bad), fingerprint=_fingerprint(root, found, tasks)))

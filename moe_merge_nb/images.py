@@ -101,7 +101,8 @@ def few_shot(
     labels, keep = np.asarray(labels), []
     for c in (range(len(classes)) if classes is not None else np.unique(labels).tolist()):
         at = np.flatnonzero(labels == c)
-        if len(at) < shots: raise ValueError(f'shots is {shots}, but class {c if classes is None else repr(classes[c])} has {len(at)} training images; choose fewer shots or add images')
+        name = c if classes is None else repr(classes[c])
+        if len(at) < shots: raise ValueError(f'shots is {shots}, but class {name} has {len(at)} training images; choose fewer shots or add images')
         keep += np.random.default_rng([seed, c]).permutation(at)[:shots].tolist()
     return sorted(keep)
 
@@ -119,6 +120,19 @@ def write_json(
     with tempfile.NamedTemporaryFile('w', dir=path.parent, suffix='.part', delete=False, encoding='utf-8') as f: json.dump(content, f, indent=1)
     os.replace(f.name, path)
 
+def _read_list(path, want, labels):
+    "The positions in `path`, checked"
+    remedy = 'delete it to have a new list drawn, or name another file'
+    try: have = json.loads(path.read_text(encoding='utf-8')); keep = [int(i) for i in have['positions']]
+    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} is no few-shot list ({e!r}); {remedy}') from e
+    for key, value in want.items():
+        if have.get(key) != value: raise ValueError(f'{path} was made for other data: its {key} is {have.get(key)!r}, here it is {value!r}; {remedy}')
+    counts = np.bincount(labels[[i for i in keep if 0 <= i < len(labels)]])
+    complete = counts.sum() == len(set(keep)) == len(keep) and set(counts.tolist()) <= {0, want['shots']}
+    if not complete: raise ValueError(f"{path} does not hold {want['shots']} images per class; {remedy}")
+    return keep
+
+# %% ../nbs/15_images.ipynb #c3e8019c
 def saved_few_shot(
     path:str|Path, # of the JSON file
     labels:Sequence[int], # of all training images
@@ -134,14 +148,3 @@ def saved_few_shot(
         keep = few_shot(labels, shots, seed, classes)
         write_json(path, want | dict(positions=keep) | (dict(names=[str(names[i]) for i in keep]) if names else {}))
     return _read_list(path, want, np.asarray(labels))
-
-def _read_list(path, want, labels):
-    "The positions in `path`, checked"
-    remedy = 'delete it to have a new list drawn, or name another file'
-    try: have = json.loads(path.read_text(encoding='utf-8')); keep = [int(i) for i in have['positions']]
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} is no few-shot list ({e!r}); {remedy}') from e
-    for key, value in want.items():
-        if have.get(key) != value: raise ValueError(f'{path} was made for other data: its {key} is {have.get(key)!r}, here it is {value!r}; {remedy}')
-    counts = np.bincount(labels[[i for i in keep if 0 <= i < len(labels)]])
-    if len(set(keep)) != len(keep) or counts.sum() != len(keep) or set(counts.tolist()) - {0, want['shots']}: raise ValueError(f"{path} does not hold {want['shots']} images per class; {remedy}")
-    return keep
