@@ -21,7 +21,7 @@ from .draw import BACKGROUNDS, glyph, pictures
 from .images import open_image, test_transform
 from .lwf import distil, features
 from .mini import DOMAINS
-from .tasks import Images
+from .tasks import Images, normalise
 from .train import Callback, Learner, autocast, class_logits
 
 # %% ../nbs/55_zscl.ipynb #9c1912f9
@@ -125,7 +125,7 @@ def prepare(self:ZSCL, learner:Learner):
     images, captions = reference(self.reference, self.n, self.seed, learner.clip.visual.image_size[0])
     device = learner.tokens.device
     tokens = learner.tokenizer(captions).to(device)
-    z, w = zip(*(features(learner.clip, images[i][0].to(device), tokens[i], learner.settings.precision) for i in torch.arange(len(images)).split(128)))
+    z, w = zip(*(features(learner.clip, normalise(images.images[i]).to(device), tokens[i], learner.settings.precision) for i in torch.arange(len(images)).split(128)))
     vars(self).update(images=images, tokens=tokens, z=torch.cat(z), w=torch.cat(w))                     # (n, d) both
 
 @patch
@@ -133,7 +133,7 @@ def loss(self:ZSCL, learner:Learner, images:Tensor, labels:Tensor)->Tensor:
     "What is added to the cross-entropy; the batch depends on the run's seed and the iteration only."
     rng, clip = np.random.default_rng([torch.initial_seed(), learner.iteration]), learner.model.clip
     i = torch.from_numpy(rng.choice(len(self.images), min(self.batch, len(self.images)), replace=False))
-    x, k = self.images[i][0].to(images.device), i.to(images.device)
+    x, k = normalise(self.images.images[i]).to(images.device), i.to(images.device)
     t = class_logits(self.z[k], self.w[k], clip.logit_scale)
     z, w = features(clip, x, self.tokens[k], learner.settings.precision)
     s = class_logits(z, w if self.texts == 'student' else self.w[k], clip.logit_scale)                  # (images, sentences)

@@ -17,3 +17,43 @@ def test_distillation_has_the_gradient_of_the_cross_entropy_and_is_zero_at_the_t
     ce, = torch.autograd.grad(9 * torch.nn.functional.cross_entropy(s / 3, (t / 3).softmax(1)), s)
     torch.testing.assert_close(kl, ce)
     assert distil(t, t, 3.) == 0 < distil(s, t, 3.)
+
+
+def taught(baseline, seen=True, **kw):
+    "A random pico before and after the second task of the toy stream, beside `baseline`."
+    toy, (clip, tokenizer) = toy_stream(2), load_clip('pico', 'random')
+    model = AdaptedCLIP(copy.deepcopy(clip), n_experts=0).eval()
+    settings = Train(**dict(dict(iterations=20, batch=12, lr=5e-4, warmup=2), **kw))
+    train_task(model, toy[1], 1, tokenizer, settings, 'backbone', [baseline], clip=clip, seen=toy.tasks[:1] if seen else ())
+    return toy, tokenizer, clip, model.clip
+
+def flat(clip): return torch.cat([p.detach().flatten() for p in clip.parameters()])
+
+
+def test_a_heavy_weight_keeps_the_old_answers():
+    def forgotten(weight):
+        "How far the answers to the old question moved, on new images."
+        toy, tokenizer, before, after = taught(LwF(weight))
+        x, tokens = stack(toy[1].test)[0], tokenizer(prompts(toy[0]))
+        with torch.no_grad(): t, s = (class_logits(*features(c, x, tokens), c.logit_scale) for c in (before, after))
+        return distil(s, t).item()
+    assert forgotten(100.) < .1 * forgotten(0.)
+
+
+def test_without_an_old_question_lwf_is_fine_tuning():
+    weights = {b: flat(taught(b, seen=False)[3]) for b in (LwF(0.), LwF(1.), LwF(1., over='current'))}
+    plain, seen, current = weights.values()
+    assert torch.equal(plain, seen) and not torch.equal(plain, current)
+
+
+def test_micro_batches_give_the_same_distillation():
+    whole, pieces, without = (flat(taught(LwF(w), iterations=2, micro_batch=m)[3]) for w, m in ((1., None), (1., 5), (0., None)))
+    assert (whole - pieces).abs().mean() < .05 * (whole - without).abs().mean()
+
+
+def test_settings_stay_settings():
+    lwf = LwF(2.)
+    mine = copy.deepcopy(lwf)
+    taught(mine)
+    assert mine == lwf and hash(mine) == hash(lwf) and 'teacher' not in vars(mine) and 'tokens' not in vars(lwf)
+    with pytest.raises(ValueError, match="over is 'old'"): LwF(over='old')

@@ -18,3 +18,80 @@ def test_no_reference_picture_is_a_glyph_or_a_name_of_the_benchmark():
     assert len(bystanders()) > 300 and len(used) > 150
     assert not used & set(bystanders()) and not names & set(bystanders().values())
     assert not any(f' {n} ' in f' {b} ' for n in names for b in bystanders().values())
+
+
+def learner_of(clip, tokenizer, baseline, task=toy_stream()[0]):
+    "A learner in the state in which callbacks meet it, `baseline` told."
+    model = AdaptedCLIP(copy.deepcopy(clip), n_experts=0).eval()
+    params = [p.requires_grad_(p is not model.logit_scale) for p in model.clip.parameters()]
+    learner = Learner(model, task, 0, torch.optim.SGD(params[:-1], 1e-3), Train(iterations=4, warmup=0), tokenizer, tokenizer(prompts(task)), clip)
+    baseline.before_task(learner)
+    return learner
+
+
+def test_the_loss_is_zero_at_the_frozen_model_and_its_gradient_leads_back():
+    clip, tokenizer = load_clip('pico', 'random')
+    for texts in ('student', 'teacher'):
+        zscl = ZSCL(n=24, batch=24, texts=texts)
+        learner = learner_of(clip, tokenizer, zscl)
+        assert zscl.loss(learner, *stack(learner.task.test)).item() < 1e-6
+        with torch.no_grad(): [p.add_(.02 * torch.randn_like(p)) for p in learner.model.clip.parameters() if p.requires_grad]
+        losses = []
+        for _ in range(8):
+            loss = zscl.loss(learner, *stack(learner.task.test))
+            learner.optimizer.zero_grad(); loss.backward(); learner.optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] > 1e-3 and losses[-1] < losses[0]
+
+
+def test_the_weights_that_remain_are_the_mean_of_the_snapshots():
+    class Snapshots(Callback):
+        def before_task(self, learner): self.seen = [flat(learner)]
+        def after_step(self, learner): self.seen += [flat(learner)] if learner.iteration % 3 == 0 else []
+    def flat(learner): return torch.cat([p.detach().flatten() for p in learner.model.clip.parameters()])
+    clip, tokenizer = load_clip('pico', 'random')
+    model, look = AdaptedCLIP(copy.deepcopy(clip), n_experts=0).eval(), Snapshots()
+    learner = train_task(model, toy_stream()[0], 0, tokenizer, Train(iterations=10, batch=8, lr=1e-3, warmup=2), 'backbone', [look, ZSCL(every=3, n=16, batch=8)], clip=clip)
+    assert len(look.seen) == 4
+    torch.testing.assert_close(flat(learner), torch.stack(look.seen).mean(0))
+    assert (flat(learner) - look.seen[-1]).abs().max() > 1e-4
+
+
+def test_the_l2_term_counts_from_the_weights_before_the_task():
+    clip, tokenizer = load_clip('pico', 'random')
+    zscl = ZSCL(weight=0., l2=3., n=8, batch=8)
+    learner = learner_of(clip, tokenizer, zscl)
+    with torch.no_grad(): learner.model.clip.text_projection += .1
+    torch.testing.assert_close(zscl.loss(learner, *stack(learner.task.test)), torch.tensor(3 * .01 * 128 * 128))
+
+
+def test_drawing_is_deterministic_and_any_size():
+    (a, s), (b, t), (c, _) = drawn(20, 1), drawn(20, 1), drawn(20, 2)
+    assert torch.equal(a.images, b.images) and s == t and not torch.equal(a.images, c.images)
+    assert drawn(3, 1, size=48)[0].images.shape == (3, 3, 48, 48)
+
+
+def test_a_folder_is_read_and_what_it_lacks_is_named():
+    import tempfile
+    from pathlib import Path
+    with tempfile.TemporaryDirectory() as d:
+        with pytest.raises(ValueError, match='choose a folder of images'): reference(d, 4, 0, 32)
+        for i in range(6): Image.new('RGB', (50, 40), (40 * i, 7, 99)).save(Path(d)/f'{i}.png')
+        with pytest.raises(ValueError, match='captions.txt is missing'): reference(d, 4, 0, 32)
+        (Path(d)/'captions.txt').write_text('one thing\n\nanother thing\n')
+        images, captions = reference(d, 4, 0, 32)
+        assert len({int(x[0, 0, 0]) for x in images.images} & {40 * i for i in range(6)}) == 4 and (images.images[:, 1] == 7).all()
+        assert len(captions) == 4 and set(captions) == {'one thing', 'another thing'}
+        assert torch.equal(images.images, reference(d, 4, 0, 32)[0].images)
+
+
+def test_settings_stay_settings():
+    zscl, (clip, tokenizer) = ZSCL(n=8, batch=4), load_clip('pico', 'random')
+    mine = copy.deepcopy(zscl)
+    learner_of(clip, tokenizer, mine)
+    assert mine == zscl and 'images' in vars(mine) and 'images' not in vars(zscl)
+    other = copy.deepcopy(mine)
+    other.mean[0].zero_()
+    assert not torch.equal(other.mean[0], mine.mean[0])
+    with pytest.raises(ValueError, match='every is 0'): ZSCL(every=0)
+    with pytest.raises(ValueError, match="texts is 'both'"): ZSCL(texts='both')
