@@ -12,18 +12,19 @@ from math import isqrt
 from pathlib import Path
 import pandas as pd
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from .adapt import AdaptedCLIP
-from .share import clip_from, fill, read_file, save
+from .share import clip_from, fill, save
 
 # %% ../nbs/75_released.ipynb #52753c1e
 def read_checkpoint(path)->dict: # of tensors, or {'state_dict': of tensors}
     "What is in a .pth, .pt or .safetensors file, on the CPU; ValueError if that takes more than reading tensors."
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} is not there')
-    if Path(path).suffix == '.safetensors': return read_file(path)[1]
-    try: return torch.load(path, map_location='cpu', weights_only=True)
+    safe = Path(path).suffix == '.safetensors'
+    try: return load_file(path) if safe else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise ValueError(f'{path} is not a file of tensors that torch.load(weights_only=True) reads ({type(e).__name__}: {str(e).splitlines()[0][:120]})') from e
+        raise ValueError(f'{path} is not a file of tensors that {"safetensors" if safe else "torch.load(weights_only=True)"} reads ({type(e).__name__}: {str(e).splitlines()[0][:120]})') from e
 
 SCALARS = {'input_resolution', 'context_length', 'vocab_size'} # of OpenAI's own files: sizes, which the tensors say too
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEY', 'CARD', 'FILE', 'experts_config', 'sha256', 'clip_config', 'clip_from', 'Words', 'words', 'header_of', 'save',
-           'fill', 'read_file', 'header_of_run', 'restore_backbone', 'tokenizer_for', 'Shared', 'load']
+           'fill', 'read_header', 'header_of_run', 'restore_backbone', 'tokenizer_for', 'Shared', 'load']
 
 # %% ../nbs/74_share.ipynb #8577db71
 import copy, hashlib, json
@@ -156,14 +156,14 @@ def fill(
     if said: raise ValueError(f'{what} does not fit: {"; ".join(said)}')
     module.load_state_dict(tensors)
 
-def read_file(path)->tuple[dict|None, dict]: # header (None: not one of ours), name -> tensor
-    "Header and tensors of a safetensors file."
+def read_header(path)->dict|None: # None: not one of ours
+    "The header of a safetensors file, without reading its tensors."
     try:
         with safe_open(str(path), 'pt') as f: text = (f.metadata() or {}).get(KEY)
-        header, tensors = json.loads(text) if text else None, load_file(str(path))
+        header = json.loads(text) if text else None
     except (SafetensorError, ValueError) as e: raise ValueError(f'{path} cannot be read as safetensors with a JSON header ({type(e).__name__}: {e})') from e
     if header and header.get('version') != 1: raise ValueError(f'{path} has format version {header.get("version")!r}; this package reads version 1: update it')
-    return header, tensors
+    return header
 
 # %% ../nbs/74_share.ipynb #491b3a9c
 def header_of_run(
@@ -246,7 +246,7 @@ def load(
     "Read adapters; ValueError names what does not fit, FileNotFoundError what is not there."
     file = Path(path)/FILE if Path(path).is_dir() else Path(path)
     if not file.is_file(): raise FileNotFoundError(f'{file} is not there: path is {str(path)!r}, a file from `save`, or a directory with {FILE}')
-    header, tensors = read_file(file)
+    header, tensors = read_header(file), load_file(str(file))
     if header is None: header = header_of_run(file.parent, tensors)
     said = header['backbone']
     clip, tokenizer = restore_backbone(said, tensors, backbone)
@@ -261,8 +261,7 @@ from fastcore.basics import patch
 
 @patch
 def _save_pretrained(self:Shared, save_directory):
-    self.save(Path(save_directory)/FILE)
-    header = header_of(self.model, tasks=self.tasks, provenance=self.provenance, **self.how)
+    header = read_header(self.save(Path(save_directory)/FILE))
     (Path(save_directory)/'config.json').write_text(json.dumps({KEY: header}, indent=1), encoding='utf-8')     # for readers; `load` takes the file's own header
 
 @patch(cls_method=True)

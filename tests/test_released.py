@@ -74,7 +74,7 @@ class Theirs(nn.Module):
         self.positional_embedding, self.text_projection, self.logit_scale = (nn.Parameter(torch.zeros(s)) for s in ((context, d_text), (d_text, out), ()))
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if 'ln_' not in name: p.data = torch.randn(p.shape, generator=g) * (1 if p.ndim < 2 or 'embedding' in name or 'router' in name else p.shape[-1]**-0.5)
+            if 'ln_' not in name: p.data = torch.randn(p.shape, generator=g) * (1 if p.ndim < 2 or 'embedding' in name or 'router' in name else (4 if 'adaptmlp' in name else 1) * p.shape[-1]**-0.5)
         self.requires_grad_(False).eval()
     def encode_image(self, images, task=None): return self.visual(images, task)
     def encode_text(self, tokens, task=None):
@@ -107,13 +107,13 @@ def test_both_towers_compute_what_the_reference_computes():
 
 
 def test_heads_and_constants_matter():
-    theirs, images = Theirs(d_text=64, heads_text=2), torch.randn(3, 3, 32, 32)
-    with pytest.raises(ValueError, match='vision_heads is 5, the width 64'): from_moe_adapters4cl(theirs.state_dict(), vision_heads=5)
+    reference, images = Theirs(d_text=64, heads_text=2), torch.randn(3, 3, 32, 32)
+    with pytest.raises(ValueError, match='vision_heads is 5, the width 64'): from_moe_adapters4cl(reference.state_dict(), vision_heads=5)
     with pytest.raises(ValueError, match='text_heads is None, the width 48'): from_moe_adapters4cl(Theirs(d_text=48).state_dict())
     for changed in (dict(vision_heads=2), dict(top_k=1), dict(scale=0.2)):
-        assert (from_moe_adapters4cl(theirs.state_dict(), **changed).encode_image(images, 0) - theirs.encode_image(images, 0)).abs().max() > 1e-3
+        assert (from_moe_adapters4cl(reference.state_dict(), **changed).encode_image(images, 0) - reference.encode_image(images, 0)).abs().max() > 1e-3
     tokens = torch.randint(1, 4000, (3, 20))
-    torch.testing.assert_close(from_moe_adapters4cl(theirs.state_dict(), text_heads=2).encode_text(tokens, 1), theirs.encode_text(tokens, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(from_moe_adapters4cl(reference.state_dict(), text_heads=2).encode_text(tokens, 1), reference.encode_text(tokens, 1), rtol=1e-4, atol=1e-4)
 
 
 def test_every_wrapping_gives_the_same_model():
@@ -209,10 +209,10 @@ def test_the_command_converts_and_says_what_it_did():
                 torch.testing.assert_close(shared.model.encode_text(tokens, task), reference.encode_text(tokens, task), rtol=1e-4, atol=1e-4)
             assert shared.provenance['file'] == file and shared.tokenizer(['a red circle']).shape == (1, 20) and shared.model.moes[2].frozen[1]
         assert call(d/'a.pth', d/'out'/'a.pth.safetensors')[0] == 2 and call(d/'a.pth', d/'out'/'a.pth.safetensors', '--force')[0] == 0
-        (d/'text.pth').write_text('hello')
+        for suffix in ('pth', 'safetensors'): (d/f'text.{suffix}').write_text('hello')
         torch.save(torch.nn.Linear(2, 2), d/'pickled.pth')
         torch.save({'weight': torch.zeros(3)}, d/'other.pth')
-        for file, message in (('nothing.pth', 'is not there'), ('text.pth', 'not a file of tensors'), ('pickled.pth', 'weights_only=True'), ('other.pth', 'no checkpoint of MoE-Adapters4CL')):
+        for file, message in (('nothing.pth', 'is not there'), ('text.pth', 'not a file of tensors'), ('text.safetensors', 'that safetensors reads'), ('pickled.pth', 'weights_only=True'), ('other.pth', 'no checkpoint of MoE-Adapters4CL')):
             code, out, err = call(d/file, d/'x.safetensors')
             assert code == 2 and message in err and err.count('\n') == 1, err
         assert not (d/'x.safetensors').exists()
