@@ -122,6 +122,7 @@ class _Flowers102(tv.Flowers102):
 
 _UNCHECKED = {tv.CIFAR100: _CIFAR100, tv.Flowers102: _Flowers102}
 
+# %% ../nbs/16_datasets.ipynb #e4262a10
 def _sorted(dataset):
     "SUN397 in the order of its file names"
     if isinstance(dataset, tv.SUN397):

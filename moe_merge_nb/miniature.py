@@ -81,6 +81,7 @@ def _aircraft(root, rng, classes, n):
         for i, (*_, im) in enumerate(made): _save(im, data, 'images', f'{at + i}.jpg')
         at += len(made)
 
+# %% ../nbs/19_miniature.ipynb #e8d78825
 def _dtd(root, rng, classes, n):
     "Folders per class; one list of 'class/file' per split of partition 1"
     for s, split in enumerate(('train', 'val', 'test')):

@@ -70,6 +70,7 @@ def download(
     except Exception as e: # network, server, disk, archive: each raises its own kind
         return f'{type(e).__name__}: {e}'
 
+# %% ../nbs/18_prepare.ipynb #2c13af53
 def _advice(name, root, why, f):
     "What the user can do about a dataset that is still not complete"
     lines = [f'{name} is not complete: ' + '; '.join(f.problems)] + ([f'  the download failed: {why}'] if why else [])
@@ -111,6 +112,7 @@ def _parser():
     for name, default in (('classes', 3), ('per-class', 4), ('seed', 0)): q.add_argument(f'--{name}', type=int, default=default, help=f'(default: {default})')
     return p
 
+# %% ../nbs/18_prepare.ipynb #36f51cac
 def main(
     argv:Sequence[str]|None=None, # arguments; None: those of the command line
 )->int: # exit code: 0 if everything asked for is complete
