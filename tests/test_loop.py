@@ -65,6 +65,78 @@ def test_a_run_is_saved_after_every_task_and_reads_back():
     assert (accuracy_matrix(back, 'oracle') == accuracy_matrix(r, 'oracle')).all() and back.adapters.keys() == r.adapters.keys()
 
 
+def test_an_interrupted_run_goes_on_where_it_stopped():
+    import tempfile
+    from dataclasses import dataclass
+    from pathlib import Path
+    @dataclass(frozen=True)
+    class PullThePlug(Callback):
+        "Interrupts the run in its third task, once."
+        flag:str
+        def after_step(self, learner):
+            if learner.index == 2 and learner.iteration == 3 and not Path(self.flag).exists(): Path(self.flag).touch(); raise KeyboardInterrupt
+    with tempfile.TemporaryDirectory() as d:
+        method = small(merge=Merge(every=4, protect=True), baseline=PullThePlug(f'{d}/flag'), selectors=('oracle', 'gaussian', 'autoencoder', 'text'))
+        with pytest.raises(KeyboardInterrupt): run(toy_stream(4), method, 0, backbone, directory=f'{d}/run', progress=False)
+        assert load_result(f'{d}/run').matrix.after.nunique() == 2
+        resumed = run(toy_stream(4), method, 0, backbone, directory=f'{d}/run', progress=False)
+        straight = run(toy_stream(4), method, 0, backbone, progress=False)
+        assert not Path(f'{d}/run/checkpoint.safetensors').exists()
+        assert 'train' in resumed.timings['squares'] and resumed.timings['squares'] == load_result(f'{d}/run').timings['squares']
+    for name in ('matrix', 'selection', 'usage', 'fixed'): assert getattr(resumed, name).astype(str).equals(getattr(straight, name).astype(str)), name
+    assert resumed.events == straight.events and all(torch.equal(t, straight.adapters[k]) for k, t in resumed.adapters.items())
+
+
+def test_a_checkpoint_of_other_settings_is_not_continued():
+    import tempfile
+    from moe_merge_nb.checkpoint import write_tree
+    with tempfile.TemporaryDirectory() as d:
+        write_tree(dict(plan=dict(seed=7), done=1), f'{d}/checkpoint.safetensors')
+        r = run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+    assert r.matrix.after.nunique() == 2
+
+
+SCRIPT = """
+import sys
+from accelerate import Accelerator
+from moe_merge_nb.backbone import load_clip
+from moe_merge_nb.checkpoint import write_tree
+from moe_merge_nb.loop import Method, run
+from moe_merge_nb.merge import Merge
+from moe_merge_nb.tasks import toy_stream
+from moe_merge_nb.train import Train
+accelerator = Accelerator(cpu=True)
+method = Method('moe_merge', experts=dict(n_experts=6, rank=4, dropout=0.), train=Train(iterations=10, batch=8, lr=1e-2, warmup=2), merge=Merge(every=4), selectors=('oracle', 'gaussian'))
+r = run(toy_stream(2), method, 0, load_clip('pico', 'random'), progress=False, accelerator=accelerator)
+tables = {n: getattr(r, n).to_dict('list') for n in ('matrix', 'selection', 'usage', 'fixed')}
+write_tree(dict(adapters=r.adapters, events=r.events, tables=tables), f'{sys.argv[1]}/{accelerator.process_index}.safetensors')
+"""
+def launched(n):
+    "What each of `n` processes ended with."
+    import os, subprocess, sys, tempfile
+    from moe_merge_nb.checkpoint import read_tree
+    with tempfile.TemporaryDirectory() as d:
+        with open(f'{d}/script.py', 'w') as f: f.write(SCRIPT)
+        path = os.pathsep.join(p for p in sys.path if p)
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', f'{d}/script.py', d]
+        subprocess.run(command, env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}, check=True, capture_output=True)
+        return [read_tree(f'{d}/{i}.safetensors') for i in range(n)]
+
+
+def test_two_processes_make_the_same_merges_and_weights_as_one():
+    (one,), (first, second) = launched(1), launched(2)
+    assert one['events'] == first['events'] == second['events'] and sum(e['kind'] == 'merge' for e in one['events']) == 2 * 7
+    assert one['tables'] == first['tables'] == second['tables']
+    assert all(torch.equal(t, second['adapters'][k]) for k, t in first['adapters'].items())
+    worst = max((t.double() - first['adapters'][k].double()).abs().max().item() for k, t in one['adapters'].items())
+    assert worst < 1e-4
+
+
+def test_mixed_precision_of_the_launcher_is_refused():
+    from types import SimpleNamespace
+    with pytest.raises(ValueError, match='train.precision=bf16'): checked(SimpleNamespace(mixed_precision='bf16'))
+
+
 def test_two_experts_at_most_are_fixed_per_block_and_task():
     r = run(toy_stream(3), small(), 0, backbone, progress=False)
     per = r.fixed.groupby(['after', 'tower', 'block']).expert.nunique()
