@@ -50,7 +50,7 @@ def drawn(
 )->tuple[Images, list[str]]: # the pictures (labels are meaningless), a caption for each
     "Reference pictures with captions, drawn in a second or two."
     rng, names = np.random.default_rng([seed, 55]), bystanders()
-    chars = rng.permuted(np.resize(list(names), n))
+    chars = np.resize(rng.permutation(list(names)), n)
     parts = [pictures(rng, list(c), b) for b, c in zip(BACKGROUNDS, np.array_split(chars, len(BACKGROUNDS))) if len(c)]
     images = torch.from_numpy(np.concatenate(parts))
     if size != 32: images = F.interpolate(images.float(), (size, size), mode='bilinear').round().byte()

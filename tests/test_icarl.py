@@ -2,6 +2,7 @@
 
 
 import copy
+import numpy as np
 import pytest, torch
 from moe_merge_nb.tasks import *
 from moe_merge_nb.backbone import load_clip
