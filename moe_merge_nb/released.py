@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'NEEDED', 'read_checkpoint', 'plain_state', 'n_of', 'heads_of', 'sizes', 'names', 'use_of', 'account',
-           'from_moe_adapters4cl', 'frozen_experts', 'parser', 'convert', 'main']
+           'frozen_experts', 'from_moe_adapters4cl', 'parser', 'convert', 'main']
 
 # %% ../nbs/75_released.ipynb #7304cfaf
 import argparse, hashlib, re, sys
@@ -115,6 +115,16 @@ def account(
     return uses
 
 # %% ../nbs/75_released.ipynb #e249b5a2
+def frozen_experts(model:AdaptedCLIP, ours:dict, frozen)->dict[str, Tensor]:
+    "The `frozen` flags of all blocks, from names of parameters."
+    back, lines = {theirs: n for n, theirs in ours.items()}, {line.strip() for line in frozen} - {''}
+    flags = {f'{i}.moe.frozen': torch.zeros_like(m.frozen) for i, m in enumerate(model.moes)}
+    for line in lines:
+        if 'experts' not in (parts := back.get(line.removeprefix('module.'), '').split('.')): raise ValueError(f'frozen names {line!r}, which is no expert of this checkpoint')
+        flags[f'{parts[0]}.moe.frozen'][int(parts[3])] = True
+    return flags
+
+# %% ../nbs/75_released.ipynb #59cd866f
 def from_moe_adapters4cl(
     state_dict:dict, # of tensors, or {'state_dict': of tensors}
     vision_heads:int|None=None, text_heads:int|None=None, # None: width / 64
@@ -134,15 +144,6 @@ def from_moe_adapters4cl(
     for moe in model.moes: moe.freeze(moe.frozen.nonzero().flatten().tolist())
     return model
 
-def frozen_experts(model:AdaptedCLIP, ours:dict, frozen)->dict[str, Tensor]:
-    "The `frozen` flags of all blocks, from names of parameters."
-    back, lines = {theirs: n for n, theirs in ours.items()}, {line.strip() for line in frozen} - {''}
-    flags = {f'{i}.moe.frozen': torch.zeros_like(m.frozen) for i, m in enumerate(model.moes)}
-    for line in lines:
-        if 'experts' not in (parts := back.get(line.removeprefix('module.'), '').split('.')): raise ValueError(f'frozen names {line!r}, which is no expert of this checkpoint')
-        flags[f'{parts[0]}.moe.frozen'][int(parts[3])] = True
-    return flags
-
 # %% ../nbs/75_released.ipynb #6b091363
 def parser()->argparse.ArgumentParser:
     "The arguments of `moe-merge-convert`."
@@ -157,6 +158,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--force', action='store_true', help='overwrite OUT')
     return p
 
+# %% ../nbs/75_released.ipynb #f25a296f
 def convert(checkpoint, out, frozen=None, force=False, **options)->AdaptedCLIP:
     "Convert file `checkpoint` to file `out`; `options` go to `from_moe_adapters4cl`."
     if Path(out).exists() and not force: raise ValueError(f'{out} is there already: choose another name, or --force')
