@@ -4,7 +4,7 @@
 import pytest, torch
 from moe_merge_nb.backbone import load_clip
 from moe_merge_nb.evaluate import class_embeddings
-from moe_merge_nb.select import Latest, Oracle, SELECTORS, dataset_features, frozen_features, make_selector
+from moe_merge_nb.select import Latest, Oracle, SELECTORS, dataset_features, frozen_features, make_selector, selector_parameters
 from moe_merge_nb.tasks import stack, toy_stream
 
 
@@ -45,11 +45,16 @@ def test_oracle_and_latest():
     with pytest.raises(ValueError, match='told the true task'): Oracle().select(torch.zeros(1, 3))
 
 
+def test_the_number_of_parameters_is_known_beforehand():
+    f, y, texts = torch.randn(40, 10), torch.arange(40) % 4, torch.nn.functional.normalize(torch.randn(4, 6), dim=-1)
+    for name in SELECTORS: assert make_selector(name).fit(f, y, texts).fit(f, y, texts).n_parameters == selector_parameters(name, 10, [4, 4]), name
+
+
 def test_the_decision_for_an_image_ignores_the_other_images():
     (clip, tok), stream = load_clip('pico', 'random'), toy_stream(3)
     x = torch.cat([dataset_features(clip, t.test)[0] for t in stream])
     for name in SELECTORS:
-        s = make_selector(name)
+        s = make_selector(name, **(dict(steps=20) if name == 'autoencoder' else {}))
         for t in stream: s.fit(*dataset_features(clip, t.train), class_embeddings(clip, tok, t))
         single = torch.cat([s.select(x[i:i + 1], task=1) for i in range(len(x))])
         assert (single == s.select(x, task=1)).all() and single.dtype == torch.int64 and -1 <= single.min() <= single.max() < 3
@@ -64,7 +69,8 @@ def test_a_restored_selector_selects_and_learns_as_the_first_would_have():
     learned = [(*dataset_features(clip, t.train), class_embeddings(clip, tok, t)) for t in stream]
     x = torch.cat([dataset_features(clip, t.test)[0] for t in stream])
     for name in SELECTORS:
-        s, r = make_selector(name).fit(*learned[0]).fit(*learned[1]), make_selector(name)
+        s, r = (make_selector(name, **(dict(steps=20) if name == 'autoencoder' else {})) for _ in range(2))
+        s.fit(*learned[0]).fit(*learned[1])
         state = s.state()
         assert kinds(state) <= {dict, list, torch.Tensor, int, float, str}
         assert (r.restore(state).select(x, task=1) == s.select(x, task=1)).all() and r.n_tasks == 2
