@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from .devices import shares
 from .lwf import distil, features, frozen_copy
 from .tasks import Task, prompts
-from .train import Callback, Learner, autocast, class_logits
+from .train import Callback, Learner, class_logits
 
 # %% ../nbs/56_icarl.ipynb #528e448f
 def herding(

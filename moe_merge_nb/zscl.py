@@ -89,7 +89,7 @@ class ZSCL(Callback):
     temperature:float=2. # T
     every:int|None=15 # I, iterations between snapshots; None: no ensembling
     l2:float=0. # mu
-    texts:str='student' # who encodes the sentences for the student: 'student', or 'teacher', as in the authors' code
+    texts:str='student' # who encodes the sentences for the student: 'student', as many as images; 'teacher', all of them, as in the authors' code
     reference:str='drawn' # or a folder, see `from_folder`
     n:int=1024 # reference images
     batch:int=32 # of them per iteration, the same in every process
@@ -134,8 +134,9 @@ def loss(self:ZSCL, learner:Learner, images:Tensor, labels:Tensor)->Tensor:
     rng, clip = np.random.default_rng([torch.initial_seed(), learner.iteration]), learner.model.clip
     i = torch.from_numpy(rng.choice(len(self.images), min(self.batch, len(self.images)), replace=False))
     x, k = normalise(self.images.images[i]).to(images.device), i.to(images.device)
-    t = class_logits(self.z[k], self.w[k], clip.logit_scale)
-    z, w = features(clip, x, self.tokens[k], learner.settings.precision)
-    s = class_logits(z, w if self.texts == 'student' else self.w[k], clip.logit_scale)                  # (images, sentences)
+    j = k if self.texts == 'student' else slice(None)                               # the teacher's sentences are free: all of them
+    with autocast(images.device, learner.settings.precision):
+        z, w = clip.encode_image(x).float(), encode_text(clip, self.tokens[j]).float() if self.texts == 'student' else self.w
+    s, t = class_logits(z, w, clip.logit_scale), class_logits(self.z[k], self.w[j], clip.logit_scale)  # (images, sentences)
     far = sum((p - q).square().sum() for p, q in zip(clip.parameters(), self.start)) if self.l2 else 0.
     return self.weight * (distil(s, t, self.temperature) + distil(s.T, t.T, self.temperature)) + self.l2 * far
