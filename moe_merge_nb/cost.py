@@ -33,9 +33,10 @@ def demand(
     name:str, # of the dataset, a key of MTIL
     tokenizer, # texts -> (n, context)
     shots:int|None=None, # training images per class; None: all
+    names:str='mtil', # what classes are called, see `spoken`
 )->Demand:
     "Sizes of one dataset, known without its images."
-    s, words = MTIL[name], spoken(name, list(names_of(name)))
+    s, words = MTIL[name], spoken(name, list(names_of(name)), names)
     lengths = tuple(int(tokenizer([t.format(c) for c in words]).argmax(dim=1).max()) + 1 for t in templates_of(name))
     return Demand(name, s.n_classes, s.n_train if shots is None else shots * s.n_classes, s.n_test, lengths)
 

@@ -17,7 +17,7 @@ def test_demand_is_known_without_images():
     d = demand('EuroSAT', pico_tokenizer())
     assert d[:4] == ('EuroSAT', 10, 21600, 5400) and len(d.lengths) == 3
     assert demand('EuroSAT', pico_tokenizer(), shots=5).train == 50
-    classes = spoken('EuroSAT', list(names_of('EuroSAT')))
+    classes = spoken('EuroSAT', list(names_of('EuroSAT')), 'mtil')
     longest = pico_tokenizer()([templates_of('EuroSAT')[0].format(c) for c in classes])
     assert (longest[:, d.lengths[0] - 1:] > 0).any() and not (longest[:, d.lengths[0]:] > 0).any()
 
