@@ -49,7 +49,7 @@ class Method:
     selectors:tuple[str, ...]=('oracle',) # each gives an accuracy matrix; see `make_selector`
     predict:str='routed' # how logits become a prediction; see `STRATEGIES`
     baseline:Callback|None=None # what a method adds to the loss and does around a task; copied for every run
-    head:object|None=None # a classifier on frozen features in place of `predict`; copied for every run
+    head:object|None=None # a classifier on frozen features in place of `predict` (a dataclass); copied for every run, with its seed
 
     def __post_init__(self):
         if self.tune not in ('adapters', 'backbone', 'nothing'): raise ValueError(f"tune is {self.tune!r}: choose 'adapters', 'backbone' or 'nothing'")
@@ -112,7 +112,7 @@ class Run:
 def start(method:Method, clip:nn.Module, seed:int, config:dict, accelerator:Accelerator)->Run:
     "Before the first task."
     model = build(method, clip, seed).to(accelerator.device)
-    return Run(method, model, {s: make_selector(s, **seeded(s, seed)) for s in method.selectors}, copy.deepcopy(method.head), callbacks(method), Result(config))
+    return Run(method, model, {s: make_selector(s, **seeded(s, seed)) for s in method.selectors}, method.head and replace(method.head, seed=seed), callbacks(method), Result(config))
 
 def learn(r:Run, stream:Stream, tokenizer, clip:nn.Module, seed:int, accelerator:Accelerator, extra:list[Callback])->Learner|None:
     "Teach the next task; None if the method trains nothing."
@@ -130,7 +130,7 @@ def fit(r:Run, clip:nn.Module, tokenizer, task, accelerator:Accelerator):
         features, labels = dataset_features(clip, task.calibration, num_workers=r.method.train.workers, accelerator=accelerator)
         texts = class_embeddings(r.model, tokenizer, task).cpu()
     for s in r.selectors.values(): s.fit(features, labels, texts)
-    if r.head: r.head.fit(features, labels, len(task.classes))
+    if r.head: r.head.fit(features, labels, texts)
 
 # %% ../nbs/52_loop.ipynb #3c3e650e
 def record(result:Result, learner:Learner|None, after:str, evaluation, spent:dict):

@@ -8,6 +8,15 @@ from moe_merge_nb.results import *
 from moe_merge_nb.cli import *
 
 
+def test_the_published_number_of_parameters():
+    import open_clip, torch
+    from types import SimpleNamespace
+    from moe_merge_nb.config import method
+    vitb16 = open_clip.create_model('ViT-B-16-quickgelu', pretrained=None, device='meta')                                # shapes without numbers
+    found = parameters(method('moe_merge', 'mtil'), vitb16, [SimpleNamespace(classes=range(100))] * 11)
+    assert (found['experts'], found['routers']) == (43_625_472, 7_434_240) and found['selector oracle'] == 0 < found['selector gaussian']
+
+
 tiny = 'stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=4', 'train.warmup=1', 'train.batch=8', 'experts.n_experts=4', 'experts.rank=2'
 
 

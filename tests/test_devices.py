@@ -23,7 +23,6 @@ def test_a_tensor_shows_in_the_peak():
 
 def test_processes_agree_on_gradients_and_counts():
     import tempfile
-    from accelerate import debug_launcher
     def work(path):
         "What each process does; the file says what it ended with."
         accelerator = Accelerator(cpu=True)
@@ -36,7 +35,7 @@ def test_processes_agree_on_gradients_and_counts():
     def ends():
         "Gradients and counts of both processes."
         with tempfile.TemporaryDirectory() as d:
-            debug_launcher(work, (d,), num_processes=2)
+            in_processes(work, d)
             return [torch.load(f'{d}/{i}.pt') for i in range(2)]
     for a, b, none, image, text in ends():
         assert a.tolist() == [3, 3] and b.tolist() == [4, 4] and none is None

@@ -146,7 +146,8 @@ def test_strategies_reach_the_prediction():
 def test_several_processes_return_the_tables_of_one():
     import tempfile
     from dataclasses import replace
-    from accelerate import Accelerator, debug_launcher
+    from accelerate import Accelerator
+    from moe_merge_nb.devices import in_processes
     from torch.utils.data import Subset
     from moe_merge_nb.tasks import Stream
     def setting():
@@ -162,7 +163,7 @@ def test_several_processes_return_the_tables_of_one():
         torch.save((row.matrix.to_csv(), row.selection.to_csv(), [len(p['labels']) for p in cache.values()]), f'{path}/{accelerator.process_index}.pt')
     one = evaluate(*setting(), after='circles')
     with tempfile.TemporaryDirectory() as d:
-        debug_launcher(work, (d,), num_processes=2)
+        in_processes(work, d)
         first, second = (torch.load(f'{d}/{r}.pt') for r in range(2))
     assert first[:2] == second[:2] == (one.matrix.to_csv(), one.selection.to_csv())
     assert first[2] == [12, 12, 1] and second[2] == [12, 12] # each saw its share

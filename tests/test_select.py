@@ -21,14 +21,15 @@ def test_features_begin_with_the_plain_embedding_and_leave_no_hook():
 
 def test_two_processes_gather_all_features_in_order():
     import tempfile
-    from accelerate import Accelerator, debug_launcher
+    from accelerate import Accelerator
+    from moe_merge_nb.devices import in_processes
     from torch.utils.data import Subset
     def setting(n): return load_clip('pico', 'random')[0], Subset(toy_stream(1)[0].test, range(n))
     def work(path):
         accelerator = Accelerator(cpu=True)
         torch.save([dataset_features(*setting(n), accelerator=accelerator) for n in (8, 5, 1)], f'{path}/{accelerator.process_index}.pt')
     with tempfile.TemporaryDirectory() as d:
-        debug_launcher(work, (d,), num_processes=2)
+        in_processes(work, d)
         both = [torch.load(f'{d}/{r}.pt') for r in range(2)]
     for n, first, second in zip((8, 5, 1), *both): # 4 + 4, 3 + 2, 1 + 0 images
         f, y = dataset_features(*setting(n))
