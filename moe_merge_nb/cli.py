@@ -135,7 +135,8 @@ def job(cfg:DictConfig, directory:str|None=None, progress:bool|dict=True)->Resul
 def accelerator(device:str, track:str|None, directory:str|None)->Accelerator:
     "What trains: 'auto' takes a GPU where there is one; under `accelerate launch` all that it was told of."
     if device not in ('auto', 'cpu'): raise UsageError(f"device is {device!r}: choose 'auto' or 'cpu' (which GPU: CUDA_VISIBLE_DEVICES)")
-    found = Accelerator(cpu=device == 'cpu', log_with=track, project_dir=directory)
+    try: found = Accelerator(cpu=device == 'cpu', log_with=track, project_dir=directory)
+    except ValueError as e: raise UsageError(f'track is {track!r}: {e}') from None
     if track and not found.log_with: raise UsageError(f"track is {track!r}, but its package is not installed: pip install {track}")
     return found
 

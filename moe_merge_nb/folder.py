@@ -216,5 +216,5 @@ def folder(
     bad = {f: found[f][1] for f in files if found[f][1]} | {f: 'it lies in no class folder' for _, stray in layout.values() for f in stray}
     _bad_files(bad, root, on_bad)
     tasks = [_made(task, splits, found, size, shots, data_seed) for task, (splits, _) in layout.items()]
-    settings = dict(root=str(root), data_seed=data_seed, order=list(order) if order else None, shots=shots, size=size, on_bad=on_bad)
+    settings = dict(data_seed=data_seed, order=list(order) if order else None, shots=shots, size=size, on_bad=on_bad)
     return Stream('folder', tuple(tasks), settings | dict(skipped=len(bad), fingerprint=_fingerprint(root, found, tasks)))

@@ -54,3 +54,18 @@ def test_a_finished_run_is_not_done_again_and_another_one_is():
     with tempfile.TemporaryDirectory() as d:
         a, again, other = job(composed(*tiny), d, False), job(composed(*tiny), d, False), job(composed(*tiny, 'seed=1'), d, False)
     assert a.timings == again.timings and other.config['seed'] == 1 and other.timings != a.timings
+
+
+def test_a_tracker_is_fed_when_asked_for_and_unknown_ones_are_refused():
+    import tempfile
+    from pathlib import Path
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    with tempfile.TemporaryDirectory() as d:
+        job(composed(*tiny, 'method=moe', 'track=tensorboard'), d, False)
+        events = EventAccumulator(str(next(Path(d).rglob('events.out*')).parent)).Reload()
+        assert {'train/loss', 'accuracy/oracle/circles', 'spent/memory_mb'} <= set(events.Tags()['scalars'])
+        assert [e.step for e in events.Scalars('train/loss')] == [4, 8]
+        job(composed(*tiny), f'{d}/without', False)
+        assert not list(Path(d, 'without').rglob('events.out*'))
+    with pytest.raises(UsageError, match="track is 'tensorbored'"): job(composed(*tiny, 'track=tensorbored'), progress=False)
+    with pytest.raises(UsageError, match="device is 'gpu'"): job(composed(*tiny, 'device=gpu'), progress=False)
