@@ -149,7 +149,7 @@ def encode_text(self:AdaptedCLIP,
     task:int|None|Tensor=None, # as in `encode_image`
     probe:Callable[[Routing], None]|None=None,
 )->Tensor: # (n, d), not normalised
-    "Text features; the context is cut to the longest prompt, which changes nothing."
+    "Text features; the context is cut to the longest prompt, which changes nothing but the order of summation (3e-6 in fp32)."
     return self.run_scoped(partial(encode_text, self.clip), tokens, task, probe)
 
 # %% ../nbs/33_adapt.ipynb #923273fd
