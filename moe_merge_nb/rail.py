@@ -16,7 +16,7 @@ from .evaluate import View
 class Primal:
     "Ridge regression on relu(z R); keeps sums over images, never images"
     def __init__(self, ridge=.1, # lambda
-                 width=4096, # p, of the random layer; 0: no such layer
+                 width=2048, # p, of the random layer; 0: no such layer
                  seed=0): # of the random layer
         self.ridge, self.width, self.seed, self.G, self.B = ridge, width, seed, torch.zeros(0, 0), torch.zeros(0, 0)
 
@@ -107,8 +107,8 @@ class Rail:
     "Ridge regression on frozen image features, mixed with zero-shot probabilities (arXiv 2406.18868)"
     kind:str='primal' # 'primal': random layer, keeps no images; 'kernel': keeps the features of all images
     ridge:float=.1 # lambda
-    fusion:float=.9 # beta, weight of the regression
-    width:int=4096 # primal: of the random layer, 0: none
+    fusion:float=.95 # beta, weight of the regression
+    width:int=2048 # primal: of the random layer, 0: none
     seed:int=0 # primal: of the random layer
     kernel:str='rbf' # kernel: 'rbf' or 'linear'
     gamma:float=.1 # kernel: of 'rbf'
