@@ -25,7 +25,7 @@ def interpolate(
 @dataclass(frozen=True)
 class WiSEFT(Callback):
     "After each task, average the weights with a reference's (WiSE-FT, arXiv 2109.01903)."
-    alpha:float=.8 # share of the tuned weights
+    alpha:float=.5 # share of the tuned weights
     reference:str='before' # 'before', the model before the task; 'zero_shot', the original model
 
     def __post_init__(self):
