@@ -106,7 +106,7 @@ def restore(self:Dual, state):
 class Rail:
     "Ridge regression on frozen image features, mixed with zero-shot probabilities (arXiv 2406.18868)"
     kind:str='primal' # 'primal': random layer, keeps no images; 'kernel': keeps the features of all images
-    ridge:float=.1 # lambda
+    ridge:float|None=None # lambda; None: 0.1 (primal) or 0.001 (kernel)
     fusion:float=.95 # beta, weight of the regression
     width:int=2048 # primal: of the random layer, 0: none
     seed:int=0 # primal: of the random layer
@@ -117,12 +117,13 @@ class Rail:
     def __post_init__(self):
         if self.kind not in ('primal', 'kernel'): raise ValueError(f"head.kind is {self.kind!r}: choose 'primal' or 'kernel'")
         if self.kernel not in KERNELS: raise ValueError(f'head.kernel is {self.kernel!r}: choose one of {list(KERNELS)}')
-        if self.ridge <= 0: raise ValueError(f'head.ridge is {self.ridge}: choose above 0')
+        lam = {'primal': .1, 'kernel': .001}[self.kind] if self.ridge is None else self.ridge
+        if lam <= 0: raise ValueError(f'head.ridge is {self.ridge}: choose above 0')
         if self.gamma <= 0: raise ValueError(f'head.gamma is {self.gamma}: choose above 0')
         if not 0 <= self.fusion <= 1: raise ValueError(f'head.fusion is {self.fusion}: choose 0 (zero-shot) ... 1 (regression)')
         if self.width < 0: raise ValueError(f'head.width is {self.width}: choose 0 (no random layer) or more')
         self.ends, self.d = [0], 0 # classes up to each task; features used
-        self.regression = Primal(self.ridge, self.width, self.seed) if self.kind == 'primal' else Dual(self.ridge, self.kernel, self.gamma, self.most)
+        self.regression = Primal(lam, self.width, self.seed) if self.kind == 'primal' else Dual(lam, self.kernel, self.gamma, self.most)
 
 # %% ../nbs/57_rail.ipynb #5eb4534a
 @patch

@@ -116,6 +116,7 @@ def test_a_restored_head_predicts_and_learns_as_the_first_would_have():
 
 
 def test_settings_and_labels_are_checked():
+    assert Rail().regression.ridge == .1 and Rail('kernel').regression.ridge == .001 and Rail('kernel', ridge=2).regression.ridge == 2
     for options, what in ((dict(kind='dual'), "kind is 'dual'"), (dict(kernel='poly'), "choose one of .'linear', 'rbf'"), (dict(ridge=0), 'ridge is 0'),
                           (dict(gamma=-1), 'gamma is -1'), (dict(fusion=2), 'fusion is 2'), (dict(width=-3), 'width is -3')):
         with pytest.raises(ValueError, match=what): Rail(**options)
