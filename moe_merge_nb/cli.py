@@ -36,12 +36,13 @@ def method_options(m:Method)->dict:
     given = lambda part, names: {n: f'${{setting:{m.name},{part}.{n}}}' for n in names}
     train = builds(Train, **given('train', (f.name for f in fields(Train))))
     experts = m.experts and {**given('experts', m.experts)}
-    return {f.name: just(getattr(m, f.name)) for f in fields(m)} | dict(train=train, experts=experts)
+    baseline = m.baseline and builds(type(m.baseline), **given('baseline', (f.name for f in fields(m.baseline))))
+    return {f.name: just(getattr(m, f.name)) for f in fields(m)} | dict(train=train, experts=experts, baseline=baseline)
 
 def setting(name:str, path:str, *, _root_:DictConfig):
     "Field `path` of the method `name` for the stream and shots of the configuration `_root_`: `${setting:moe,train.lr}`."
     m, (part, field) = method(name, _root_.protocol, _root_.get('shots')), path.split('.')
-    return m.experts[field] if part == 'experts' else getattr(m.train, field)
+    return m.experts[field] if part == 'experts' else getattr(getattr(m, part), field)
 
 def stream_options(make, protocol:str, **given)->dict:
     "A stream, its protocol, and the settings that all its tasks share, as top-level options."

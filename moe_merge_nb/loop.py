@@ -54,6 +54,8 @@ class Method:
     def __post_init__(self):
         if self.tune not in ('adapters', 'backbone', 'nothing'): raise ValueError(f"tune is {self.tune!r}: choose 'adapters', 'backbone' or 'nothing'")
         if (self.tune == 'adapters') != (self.experts is not None): raise ValueError(f'tune is {self.tune!r} with experts {self.experts}: experts are for tune = adapters, and only for it')
+        if self.baseline and self.tune != 'backbone': raise ValueError(f"baseline is {self.baseline} with tune {self.tune!r}: a baseline is built on full fine-tuning, tune = 'backbone'")
+        if self.head and self.tune != 'nothing': raise ValueError(f"head is {self.head} with tune {self.tune!r}: a head looks at the frozen model, tune = 'nothing'")
         if not self.selectors: raise ValueError('selectors is empty: name at least one')
         for s in self.selectors: make_selector(s)
         if self.predict not in STRATEGIES: raise ValueError(f'predict is {self.predict!r}: choose one of {list(STRATEGIES)}')
@@ -148,6 +150,8 @@ def record(result:Result, learner:Learner|None, after:str, evaluation, spent:dic
 def describe(stream:Stream, method:Method, seed:int)->dict:
     "What decides every number of a run."
     settings = {k: v for k, v in asdict(method).items() if k != 'name'}
+    for part in ('baseline', 'head'):
+        if settings[part]: settings[part] = dict(kind=type(getattr(method, part)).__name__, **settings[part])
     return dict(method=method.name, stream=stream.name, tasks=stream.names, seed=seed, **stream.info, **settings)
 
 def provenance()->dict:

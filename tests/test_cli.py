@@ -5,6 +5,7 @@ import contextlib, io
 import pytest
 from hydra.errors import ConfigCompositionException
 from moe_merge_nb.results import *
+from moe_merge_nb.config import METHODS
 from moe_merge_nb.cli import *
 
 
@@ -23,6 +24,12 @@ tiny = 'stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=4', '
 def test_options_reach_the_fields_they_name():
     m = method_of(composed('method=moe_merge', 'merge.every=40', 'experts.rank=8', 'freeze.n=3', 'selectors=[oracle]'))
     assert m.merge.every == 40 and m.experts['rank'] == 8 and m.freeze.n == 3 and m.selectors == ('oracle',) and m.name == 'moe_merge'
+
+
+def test_settings_follow_the_stream_and_the_shots_unless_given():
+    m = method_of(composed('stream=mtil', 'method=zscl', 'shots=5', 'baseline.weight=3', 'train.workers=0'))
+    assert m.train.iterations == 500 and m.train.lr_of('MNIST') == 5e-5 and m.baseline.every == 100 and m.baseline.weight == 3 and m.train.workers == 0
+    assert method_of(composed('method=zscl')).baseline.every == 15 and method_of(composed('stream=mtil', 'experts.rank=8')).experts == {**METHODS['moe'].experts, 'rank': 8}
 
 
 def test_impossible_values_are_refused_with_field_and_limit():

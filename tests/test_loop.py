@@ -17,6 +17,8 @@ def test_a_method_refuses_what_cannot_be():
     with pytest.raises(ValueError, match='top_k is 3, but there are 2 experts'): Method('m', experts=dict(n_experts=2, top_k=3))
     with pytest.raises(ValueError, match='tune is'): Method('m', tune='backbone')
     with pytest.raises(ValueError, match='selector'): Method('m', selectors=('psychic',))
+    with pytest.raises(ValueError, match="a baseline is built on full fine-tuning"): Method('m', baseline=Callback())
+    with pytest.raises(ValueError, match="a head looks at the frozen model"): Method('m', head=object())
     with pytest.raises(TypeError, match='experts_'): Method('m', experts=dict(experts_=2))
 
 
@@ -70,13 +72,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped():
     from dataclasses import dataclass
     from pathlib import Path
     @dataclass(frozen=True)
-    class PullThePlug(Callback):
+    class PullThePlug(FreezeMostUsed):
         "Interrupts the run in its third task, once."
-        flag:str
+        flag:str=''
         def after_step(self, learner):
             if learner.index == 2 and learner.iteration == 3 and not Path(self.flag).exists(): Path(self.flag).touch(); raise KeyboardInterrupt
     with tempfile.TemporaryDirectory() as d:
-        method = small(merge=Merge(every=4, protect=True), baseline=PullThePlug(f'{d}/flag'), selectors=('oracle', 'gaussian', 'autoencoder', 'text'))
+        method = small(merge=Merge(every=4, protect=True), freeze=PullThePlug(flag=f'{d}/flag'), selectors=('oracle', 'gaussian', 'autoencoder', 'text'))
         with pytest.raises(KeyboardInterrupt): run(toy_stream(4), method, 0, backbone, directory=f'{d}/run', progress=False)
         assert load_result(f'{d}/run').matrix.after.nunique() == 2
         resumed = run(toy_stream(4), method, 0, backbone, directory=f'{d}/run', progress=False)

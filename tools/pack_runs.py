@@ -2,4 +2,4 @@
 from moe_merge_nb.measured import store
 
 if __name__ == '__main__':
-    for name, runs in {'mini': 'runs/study', 'demo': 'runs/demo'}.items(): print(*store(runs, name), sep='\n')
+    for name, runs in {'mini': ['runs/study', 'runs/baselines'], 'demo': ['runs/demo']}.items(): print(*store(runs, name), sep='\n')
