@@ -56,11 +56,12 @@ def test_the_command_runs_what_python_runs():
     assert a.matrix.equals(b.matrix) and a.config['data_seed'] == 0
 
 
-def test_a_finished_run_is_not_done_again_and_another_one_is():
+def test_a_finished_run_is_not_done_again_and_another_one_is_not_overwritten():
     import tempfile
     with tempfile.TemporaryDirectory() as d:
-        a, again, other = job(composed(*tiny), d, False), job(composed(*tiny), d, False), job(composed(*tiny, 'seed=1'), d, False)
-    assert a.timings == again.timings and other.config['seed'] == 1 and other.timings != a.timings
+        a, again = job(composed(*tiny), d, False), job(composed(*tiny), d, False)
+        with pytest.raises(UsageError, match='another seed .0, not 1.'): job(composed(*tiny, 'seed=1'), d, False)
+        assert load_result(d).timings == a.timings == again.timings
 
 
 def test_a_tracker_is_fed_when_asked_for_and_unknown_ones_are_refused():
