@@ -43,7 +43,7 @@ def frozen_copy(clip:nn.Module)->nn.Module:
 @dataclass(frozen=True)
 class LwF(Callback):
     "Learning without forgetting (arXiv 1606.09282) for CLIP: keep the answers of the model before the task, on the task's images."
-    weight:float=1. # lambda
+    weight:float=3. # lambda
     temperature:float=2. # T
     over:str='seen' # whose prompts: 'seen', of the tasks learned before; 'current', of the task being learned
 

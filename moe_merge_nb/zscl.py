@@ -85,7 +85,7 @@ def reference(
 @dataclass(frozen=True)
 class ZSCL(Callback):
     "Distillation from the frozen CLIP on reference data, and weight ensembling (ZSCL, arXiv 2303.06628)."
-    weight:float=1. # lambda
+    weight:float=.3 # lambda
     temperature:float=2. # T
     every:int|None=15 # I, iterations between snapshots; None: no ensembling
     l2:float=0. # mu
