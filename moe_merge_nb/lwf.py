@@ -53,12 +53,16 @@ class LwF(Callback):
     def before_task(self, learner:Learner):
         questions = [prompts(t) for t in (learner.seen if self.over == 'seen' else [learner.task])]
         tokens = [learner.tokenizer(q).to(learner.tokens.device) for q in questions]
-        vars(self).update(teacher=frozen_copy(learner.model.clip), tokens=torch.cat(tokens) if tokens else None, sizes=[len(t) for t in tokens])
+        teacher, tokens, sizes = frozen_copy(learner.model.clip), torch.cat(tokens) if tokens else None, [len(t) for t in tokens]
+        vars(self).update(teacher=teacher, tokens=tokens, sizes=sizes, w=None if tokens is None else encode_text(teacher, tokens))   # w: (classes, d)
 
     def loss(self, learner:Learner, images:Tensor, labels:Tensor)->Tensor|None:
         if self.tokens is None or not self.weight: return None
-        answer = lambda clip: class_logits(*features(clip, images, self.tokens, learner.settings.precision), clip.logit_scale).split(self.sizes, dim=1)
-        with torch.no_grad(): t = answer(self.teacher)                              # per question (n, classes)
-        return self.weight * sum(distil(s_q, t_q, self.temperature) for s_q, t_q in zip(answer(learner.model.clip), t))
+        clip, low = learner.model.clip, autocast(images.device, learner.settings.precision)
+        with low: w = encode_text(clip, self.tokens).float()
+        with low, torch.no_grad(): z = self.teacher.encode_image(images).float()
+        s, t = (class_logits(*zw, clip.logit_scale).split(self.sizes, dim=1) for zw in ((learner.features, w), (z, self.w)))          # per question (n, classes)
+        return self.weight * sum(distil(s_q, t_q, self.temperature) for s_q, t_q in zip(s, t))
 
-    def after_task(self, learner:Learner): vars(self).pop('teacher')
+    def after_task(self, learner:Learner):
+        for name in ('teacher', 'w'): vars(self).pop(name)

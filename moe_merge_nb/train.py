@@ -98,6 +98,7 @@ class Learner:
     accelerator:Accelerator|None=None # several processes, devices; None: this process alone
     iteration:int=0 # iterations done
     loss:float=math.nan # of the last iteration
+    features:Tensor|None=None # (n, d) of the images in hand, for what callbacks add to the loss
     usage:Usage=field(default_factory=Usage) # of this task so far, in this process
     events:list[dict]=field(default_factory=list) # what callbacks did
 
@@ -118,8 +119,8 @@ class Callback:
 def total_loss(learner:Learner, images:Tensor, labels:Tensor, texts:Tensor, callbacks:Iterable[Callback])->Tensor:
     "Cross-entropy, with what callbacks add; features in the precision asked for, everything after them in fp32."
     model, s = learner.model, learner.settings
-    with autocast(images.device, s.precision): features = model.encode_image(images, learner.index, learner.usage)
-    logits = class_logits(features.float(), texts, model.logit_scale)
+    with autocast(images.device, s.precision): learner.features = model.encode_image(images, learner.index, learner.usage).float()
+    logits = class_logits(learner.features, texts, model.logit_scale)
     loss = F.cross_entropy(logits, labels, label_smoothing=s.label_smoothing)
     return sum((extra for c in callbacks if (extra := c.loss(learner, images, labels)) is not None), loss)
 
@@ -143,7 +144,7 @@ def step(
     for x, y in zip(images.split(size), labels.split(size)):
         loss = total_loss(learner, x.to(device), y.to(device), held, callbacks) * (len(x) / len(images))
         scaler.scale(loss).backward()
-        total += loss.detach()
+        total, learner.features = total + loss.detach(), None
     texts.backward(held.grad)
     average_gradients(learner.optimizer, learner.accelerator)
     scaler.step(learner.optimizer)
