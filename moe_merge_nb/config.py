@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'MODELS', 'TRAIN', 'EXPERTS', 'SELECTORS', 'MTIL_TASKS', 'MTIL_LR', 'MTIL_FEW_LR', 'FULL', 'MTIL_FULL_LR',
-           'MINI_FULL_LR', 'MINI_BASELINES', 'MTIL_BASELINES', 'PROTOCOLS', 'PROTOCOL_OF', 'METHODS', 'EXPERIMENTS',
-           'Protocol', 'methods', 'method']
+           'MINI_HEADS', 'MTIL_HEADS', 'MINI_FULL_LR', 'MINI_BASELINES', 'MTIL_BASELINES', 'PROTOCOLS', 'PROTOCOL_OF',
+           'METHODS', 'EXPERIMENTS', 'Protocol', 'methods', 'method']
 
 # %% ../nbs/80_config.ipynb #ca2e7a7f
 from dataclasses import dataclass, replace
@@ -39,6 +39,7 @@ class Protocol:
     experts:dict # keyword arguments of `AdaptedCLIP`
     full_lr:dict # method that tunes the whole CLIP -> its peak learning rate (or one per task)
     baselines:dict # name -> what it adds to full fine-tuning
+    heads:dict # name -> classifier on frozen features
 
 TRAIN = Train(iterations=150, batch=32, lr=1e-2, warmup=15)
 EXPERTS = dict(n_experts=22, rank=16, top_k=2, scale=0.1, dropout=0.1, shared_init=False, gate='top_k', top_p=0.4)
@@ -52,16 +53,18 @@ FULL = ('finetune', 'lwf', 'wise_ft', 'zscl', 'icarl')
 MTIL_FULL_LR = dict.fromkeys(MTIL_TASKS, 1e-5) | dict(Aircraft=5e-5, MNIST=5e-5)                              # ZSCL
 
 # %% ../nbs/80_config.ipynb #ac8c14bd
-MINI_FULL_LR = dict(finetune=2e-4, lwf=2e-4, wise_ft=5e-4, zscl=5e-4, icarl=2e-4)
+MINI_HEADS = dict(rail=Rail('primal'), rail_kernel=Rail('kernel'))
+MTIL_HEADS = dict(rail=Rail('primal', width=15_000, fusion=.9), rail_kernel=Rail('kernel', fusion=.9))        # RAIL's
+MINI_FULL_LR = dict(finetune=5e-4, lwf=2e-4, wise_ft=5e-4, zscl=5e-4, icarl=2e-4)
 MINI_BASELINES = dict(lwf=LwF(), wise_ft=WiSEFT(), zscl=ZSCL(), icarl=ICaRL())
 MTIL_BASELINES = dict(lwf=LwF(over='current'), wise_ft=WiSEFT(alpha=.8), icarl=ICaRL(memory_size=10_000),
                       zscl=ZSCL(every=100, l2=1., texts='teacher', reference='reference', n=10_000, batch=64))
 
 PROTOCOLS = {
-    'mini': Protocol(TRAIN, EXPERTS, MINI_FULL_LR, MINI_BASELINES),
-    'mtil': Protocol(Train(iterations=1000, batch=64, lr=MTIL_LR, warmup=100, workers=4), {**EXPERTS, 'rank': 64}, dict.fromkeys(FULL, MTIL_FULL_LR), MTIL_BASELINES),
-    'mtil_few': Protocol(Train(iterations=500, batch=64, lr=MTIL_FEW_LR, warmup=100, workers=4), {**EXPERTS, 'rank': 64}, dict.fromkeys(FULL, MTIL_FULL_LR), MTIL_BASELINES),
-    'folder': Protocol(Train(iterations=1000, batch=64, lr=1e-3, warmup=100, workers=4), {**EXPERTS, 'rank': 64}, dict.fromkeys(FULL, 1e-5), MTIL_BASELINES)}
+    'mini': Protocol(TRAIN, EXPERTS, MINI_FULL_LR, MINI_BASELINES, MINI_HEADS),
+    'mtil': Protocol(Train(iterations=1000, batch=64, lr=MTIL_LR, warmup=100, workers=4), {**EXPERTS, 'rank': 64}, dict.fromkeys(FULL, MTIL_FULL_LR), MTIL_BASELINES, MTIL_HEADS),
+    'mtil_few': Protocol(Train(iterations=500, batch=64, lr=MTIL_FEW_LR, warmup=100, workers=4), {**EXPERTS, 'rank': 64}, dict.fromkeys(FULL, MTIL_FULL_LR), MTIL_BASELINES, MTIL_HEADS),
+    'folder': Protocol(Train(iterations=1000, batch=64, lr=1e-3, warmup=100, workers=4), {**EXPERTS, 'rank': 64}, dict.fromkeys(FULL, 1e-5), MTIL_BASELINES, MTIL_HEADS)}
 
 PROTOCOL_OF = {'mini': 'mini', 'toy': 'mini', 'mtil': 'mtil', 'folder': 'folder'}                             # stream -> protocol
 
@@ -75,8 +78,7 @@ def methods(p:Protocol)->dict[str, Method]:
         fixed('zero_shot', selectors=('none',)),
         full('finetune'),
         *(full(name, baseline=b) for name, b in p.baselines.items()),
-        fixed('rail', selectors=('oracle', 'gaussian'), head=Rail('primal')),
-        fixed('rail_kernel', selectors=('oracle', 'gaussian'), head=Rail('kernel')),
+        *(fixed(name, selectors=('oracle', 'gaussian'), head=h) for name, h in p.heads.items()),
         Method('adapter', experts={**p.experts, 'n_experts': 1, 'top_k': 1}, train=p.train, freeze=None, selectors=('none',)),
         moe('moe'),
         moe('moe_merge', merge=Merge())]
@@ -99,7 +101,7 @@ def method(
 
 # %% ../nbs/80_config.ipynb #76c73900
 EXPERIMENTS = {
-    'demo': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[0]),
+    'demo': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[100]),
     'study': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[100, 101, 102, 103, 104]),
     'baselines': dict(method=['zscl', 'icarl', 'lwf', 'wise_ft', 'rail', 'rail_kernel'], seed=[100, 101, 102]),
 }

@@ -60,6 +60,15 @@ class ICaRL(Callback):
     weight:float=1. # lambda, of the distillation
     temperature:float=2. # T
 
+    def __post_init__(self):
+        for name in ('memory_size', 'batch'):
+            if getattr(self, name) < 1: raise ValueError(f'icarl.{name} is {getattr(self, name)}: choose 1 or more')
+        if min(self.rehearsal, self.weight) < 0 or self.temperature <= 0: raise ValueError(f'icarl.rehearsal, weight and temperature are {self.rehearsal}, {self.weight} and {self.temperature}: choose 0 or more, and a temperature above 0')
+
+    def check(self, settings, tasks):
+        classes = sum(len(t.classes) for t in tasks)
+        if self.memory_size < classes: raise ValueError(f'icarl.memory_size is {self.memory_size} for the {classes} classes of these tasks: choose at least {classes}')
+
     @property
     def memory(self)->list[list[list[int]]]: # [task][class] -> positions in task.train
         return vars(self).get('_memory', [])

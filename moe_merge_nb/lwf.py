@@ -49,6 +49,8 @@ class LwF(Callback):
 
     def __post_init__(self):
         if self.over not in ('seen', 'current'): raise ValueError(f"lwf.over is {self.over!r}: choose 'seen' or 'current'")
+        if self.weight < 0: raise ValueError(f'lwf.weight is {self.weight}: choose 0 or more')
+        if self.temperature <= 0: raise ValueError(f'lwf.temperature is {self.temperature}: choose above 0')
 
     def before_task(self, learner:Learner):
         questions = [prompts(t) for t in (learner.seen if self.over == 'seen' else [learner.task])]

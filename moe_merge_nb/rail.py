@@ -127,6 +127,12 @@ class Rail:
 
 # %% ../nbs/57_rail.ipynb #5eb4534a
 @patch
+def check(self:Rail, settings, tasks):
+    "ValueError if the kernel form would have to keep too many images."
+    n = sum(len(t.train) for t in tasks)
+    if self.kind == 'kernel' and n > self.most: raise ValueError(f'the kernel form would keep {n} images, the limit is {self.most}: choose head.kind=primal, fewer shots, or a higher limit (head.most) if {16*n*n/1e9:.1f} GB of memory are free')
+
+@patch
 def fit(self:Rail, features, # (N, F) of the next task's training images; the first d are the embedding
         labels, # (N,)
         texts): # (classes, d) text embeddings of its classes; only their shape matters

@@ -112,6 +112,7 @@ class Callback:
     def loss(self, learner:Learner, images:Tensor, labels:Tensor)->Tensor|None: pass
     def after_step(self, learner:Learner): pass
     def after_task(self, learner:Learner): pass
+    def check(self, settings:Train, tasks:tuple[Task, ...]): pass # ValueError where it cannot work with these
     def state(self)->dict: return {} # what must survive until the next task, if a run is interrupted
     def restore(self, state:dict): pass
 

@@ -97,7 +97,13 @@ class ZSCL(Callback):
 
     def __post_init__(self):
         if self.texts not in ('student', 'teacher'): raise ValueError(f"zscl.texts is {self.texts!r}: choose 'student' or 'teacher'")
-        if self.every is not None and self.every < 1: raise ValueError(f'zscl.every is {self.every}: choose 1 or more, or None')
+        for name in ('every', 'n', 'batch'):
+            if (value := getattr(self, name)) is not None and value < 1: raise ValueError(f'zscl.{name} is {value}: choose 1 or more')
+        if min(self.weight, self.l2) < 0 or self.temperature <= 0: raise ValueError(f'zscl.weight, l2 and temperature are {self.weight}, {self.l2} and {self.temperature}: choose 0 or more, and a temperature above 0')
+
+    def check(self, settings, tasks):
+        if self.every and self.every > settings.iterations: raise ValueError(f'zscl.every is {self.every}, but a task has {settings.iterations} iterations: nothing would be learned; choose at most {settings.iterations}, or None')
+        if self.reference != 'drawn' and not Path(self.reference).is_dir(): raise ValueError(f"zscl.reference is {self.reference!r}, where no folder is: choose a folder of images with a captions.txt (option baseline.reference), or 'drawn'")
 
     def before_task(self, learner:Learner):
         if 'images' not in vars(self): self.prepare(learner)

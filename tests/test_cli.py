@@ -32,6 +32,15 @@ def test_settings_follow_the_stream_and_the_shots_unless_given():
     assert method_of(composed('method=zscl')).baseline.every == 15 and method_of(composed('stream=mtil', 'experts.rank=8')).experts == {**METHODS['moe'].experts, 'rank': 8}
 
 
+def test_long_names_are_cut_and_stay_apart():
+    a, b = 'x=1,' * 60 + 'a', 'x=1,' * 60 + 'b'
+    assert len(short(a)) == 150 and short(a) != short(b) and short(a) == short(a) and short('seed=1') == 'seed=1'
+
+
+def test_a_missing_folder_is_asked_for():
+    with pytest.raises(UsageError, match='root is missing'): job(composed('stream=folder', 'model=random'), progress=False)
+
+
 def test_impossible_values_are_refused_with_field_and_limit():
     for bad, says in {'experts.top_k=23': 'top_k is 23, but there are 22 experts', 'experts.rank=0': 'rank is 0', 'merge.every=0': 'merge.every is 0', 'train.batch=0': 'train.batch is 0', 'merge.combine=medain': 'medain', 'selectors=[psychic]': 'psychic'}.items():
         with pytest.raises(UsageError, match=says): method_of(composed('method=moe_merge', bad))
