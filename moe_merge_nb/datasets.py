@@ -221,7 +221,7 @@ def complaint(
         lines += [f'* {name}: ' + '; '.join(f.problems), f'  get it: {ARCHIVES[name]}']
     can = [name for name in bad if MTIL[name].link]
     if can: lines.append(f"`moe-merge-data prepare --root {root}` downloads what torchvision has a link for ({', '.join(can)}).")
-    return '\n'.join([*lines, 'To go on without them, name those to use (`tasks`); for trees that are knowingly smaller, say `check=False`.'])
+    return '\n'.join([*lines, 'To go on without them, name those to use (`tasks`); for trees that are knowingly smaller, say `check=False` (on the command line `stream.tasks=[DTD,EuroSAT]` and `stream.check=false`).'])
 
 # %% ../nbs/16_datasets.ipynb #31a8f274
 def _task(name, f, root, shots, data_seed, size, names, lists):

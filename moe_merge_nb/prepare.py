@@ -133,7 +133,7 @@ def _look(args):
 def _run(args):
     "One command"
     if args.command == 'miniature':
-        print(f'miniatures of {len(MTIL)} datasets are in {miniature(args.root, args.per_class, args.classes, args.seed)}; use them with check=False')
+        print(f'miniatures of {len(MTIL)} datasets are in {miniature(args.root, args.per_class, args.classes, args.seed)}; use them with stream=mtil root={args.root} stream.check=false')
         return 0
     found = prepare(args.root, args.names) if args.command == 'prepare' else _look(args)
     print('\n' + status(found, not getattr(args, 'no_check', False)).to_string(index=False))

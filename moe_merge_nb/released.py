@@ -164,7 +164,7 @@ def convert(checkpoint, out, frozen=None, force=False, **options)->AdaptedCLIP:
     if Path(out).exists() and not force: raise ValueError(f'{out} is there already: choose another name, or --force')
     lines = Path(frozen).read_text(encoding='utf-8').splitlines() if frozen else ()
     model = from_moe_adapters4cl(read_checkpoint(checkpoint), frozen=lines, **options)
-    with open(checkpoint, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     save(model, out, with_backbone=True, provenance=dict(converted_from='MoE-Adapters4CL', file=Path(checkpoint).name, sha256=digest))
     return model
 
