@@ -126,16 +126,18 @@ def run_flops(
     "What every task costs in a run: its training, and all evaluations on its test images."
     rows, demands, N = [], list(demands), image_tokens(clip)
     image = {s: sequence_flops(clip, 'image', N, s) for s in (None, sizes)}
-    def prompts(d, s): return d.classes * sum(sequence_flops(clip, 'text', n, s) for n in d.lengths)
+    text = {(n, s): sequence_flops(clip, 'text', n, s) for n in {n for d in demands for n in d.lengths} for s in (None, sizes)}
+    trained = sequence_flops(clip, 'image', N, sizes, True)
     for i, d in enumerate(demands):
         per_image, per_prompt = passes(len(demands), i, fitted)
+        prompts = {s: d.classes * sum(text[n, s] for n in d.lengths) for s in (None, sizes)}
         rows.append({
             'task': d.task,
-            'training, images': iterations * batch * sequence_flops(clip, 'image', N, sizes, True),
+            'training, images': iterations * batch * trained,
             'training, prompts': iterations * d.classes * sequence_flops(clip, 'text', d.lengths[0], sizes, True),
             'selectors, images': d.train * image[None] * (fitted > 0),
             'evaluation, images': d.test * (image[None] + per_image * image[sizes]),
-            'evaluation, prompts': (1 + (fitted > 0)) * prompts(d, None) + per_prompt * prompts(d, sizes)})
+            'evaluation, prompts': (1 + (fitted > 0)) * prompts[None] + per_prompt * prompts[sizes]})
     return pd.DataFrame(rows).set_index('task').astype(float)
 
 # %% ../nbs/90_mtil.ipynb #71181378
