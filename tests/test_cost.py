@@ -98,12 +98,12 @@ def test_memory_kept_is_predicted_for_other_sizes():
     clip, tokenizer = load_clip('pico', 'random')
     model = AdaptedCLIP(clip, n_experts=4, rank=8)
     model.add_task()
-    kept = kept_bytes(model, lengths=(5, 10))
+    slopes = kept_bytes(model, lengths=(5, 10))
     texts = torch.ones(7, 13, dtype=torch.long)
     texts[:, -1] = clip.vocab_size - 1
     model.train()
-    assert saved_bytes(model, lambda: model.encode_image(torch.randn(5, 3, 32, 32), 0)) == pytest.approx(5*kept.image, rel=.01)
-    assert saved_bytes(model, lambda: model.encode_text(texts, 0)) == pytest.approx(7*(kept.prompt + 13*kept.token), rel=.01)
+    assert saved_bytes(model, lambda: model.encode_image(torch.randn(5, 3, 32, 32), 0)) == pytest.approx(5*slopes.image, rel=.01)
+    assert saved_bytes(model, lambda: model.encode_text(texts, 0)) == pytest.approx(7*(slopes.prompt + 13*slopes.token), rel=.01)
 
 
 def test_a_storage_is_counted_once_and_parameters_never():
