@@ -101,7 +101,7 @@ def method(
 
 # %% ../nbs/80_config.ipynb #76c73900
 EXPERIMENTS = {
-    'demo': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[100]),
+    'demo': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[0]),
     'study': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[100, 101, 102, 103, 104]),
     'baselines': dict(method=['zscl', 'icarl', 'lwf', 'wise_ft', 'rail', 'rail_kernel'], seed=[100, 101, 102]),
 }
