@@ -55,5 +55,5 @@ def top_p_gates(
     "The smallest set of best experts whose softmax mass exceeds `p`, weighted by that mass (arXiv 2403.07652)."
     if not 0 <= p <= 1: raise ValueError(f'top_p is {p}: choose a mass from 0 to 1')
     P, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = P.cumsum(-1) - P                                # mass of the better experts
+    before = (P.cumsum(-1) - P).clamp(max=1)                # mass of the better experts; rounded up, it must not close one at p = 1
     return torch.zeros_like(logits).scatter(-1, order, P * (before <= p))

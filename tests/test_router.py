@@ -49,6 +49,7 @@ def test_top_p_opens_more_gates_for_flatter_scores():
     opened = [(top_p_gates(h / t, 0.6) > 0).sum().item() for t in (0.5, 1, 2, 8)]
     assert opened == sorted(opened) and opened[0] == 1 and opened[-1] > 2
     assert (top_p_gates(h, 0.) > 0).sum() == 1 and (top_p_gates(h, 1.) > 0).all()
+    assert (top_p_gates(torch.tensor([[16., -1., -1.]]), 1.) > 0).all() # where the mass of the better ones is rounded to more than 1
 
 
 def test_top_p_is_strict_for_uniform_scores():
