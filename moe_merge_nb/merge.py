@@ -95,9 +95,12 @@ class Merge:
 # %% ../nbs/42_merge.ipynb #6ed1890e
 def check_merge(m):
     "Impossible choices are refused when they are made."
-    if m.every is not None and m.every < 1: raise ValueError(f'merge.every is {m.every}: choose 1 iteration or more')
-    if not 0 < m.until <= 1: raise ValueError(f'merge.until is {m.until}: choose a fraction above 0, at most 1')
-    if m.n_sources < 2: raise ValueError(f'merge.n_sources is {m.n_sources}: it takes 2 experts or more to merge')
+    whole = lambda n: isinstance(n, int) and not isinstance(n, bool)
+    if m.every is not None and not (whole(m.every) and m.every >= 1): raise ValueError(f'merge.every is {m.every!r}: choose 1 iteration or more')
+    if not (isinstance(m.until, (int, float)) and 0 < m.until <= 1): raise ValueError(f'merge.until is {m.until!r}: choose a fraction above 0, at most 1')
+    if not (whole(m.n_sources) and m.n_sources >= 2): raise ValueError(f'merge.n_sources is {m.n_sources!r}: it takes 2 experts or more to merge')
+    for name in ('frozen_sources', 'protect', 'align', 'reset_optimizer'):
+        if not isinstance(getattr(m, name), bool): raise ValueError(f'merge.{name} is {getattr(m, name)!r}: choose true or false')
     if m.window not in ('since_last', 'task'): raise ValueError(f"merge.window is {m.window!r}: choose 'since_last' or 'task'")
     if m.router not in ('keep', 'mean', 'zero'): raise ValueError(f"merge.router is {m.router!r}: choose 'keep', 'mean' or 'zero'")
     resolve(m.combine)
@@ -108,10 +111,12 @@ def resolve(
 )->Combine:
     "The function that `combine` means; ValueError lists the known names."
     if callable(combine): return combine
-    if combine in COMBINE: return COMBINE[combine]
-    try: return pkgutil.resolve_name(combine)
-    except (ValueError, ImportError, AttributeError) as e:
-        raise ValueError(f"merge.combine is {combine!r}: choose one of {', '.join(COMBINE)}, or an importable 'package.module.function'") from e
+    if isinstance(combine, str) and combine in COMBINE: return COMBINE[combine]
+    try:
+        if callable(found := pkgutil.resolve_name(combine)): return found
+        why = f'a {type(found).__name__} cannot be called'
+    except (ValueError, ImportError, AttributeError, TypeError) as e: why = e
+    raise ValueError(f"merge.combine is {combine!r}: choose one of {', '.join(COMBINE)}, or an importable 'package.module.function' ({why})")
 
 # %% ../nbs/42_merge.ipynb #a8aa9892
 def merge_iterations(

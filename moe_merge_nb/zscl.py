@@ -16,7 +16,7 @@ import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 from torch.nn import functional as F
-from .backbone import encode_text
+from .encode import encode_text
 from .draw import BACKGROUNDS, glyph, pictures
 from .images import open_image, test_transform
 from .lwf import distil, features
@@ -68,7 +68,9 @@ def from_folder(
     files = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp'))
     if not files: raise ValueError(f'zscl.reference is {str(folder)!r}, where no .jpg, .jpeg, .png or .webp file is: choose a folder of images, or drawn')
     if not captions.is_file(): raise ValueError(f'{captions} is missing: write reference sentences into it, one a line')
-    lines = [line for line in captions.read_text(encoding='utf-8').splitlines() if line.strip()]
+    try: lines = [line for line in captions.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+    except ValueError as e: raise ValueError(f'{captions} is no UTF-8 text file ({e})') from e
+    if not lines: raise ValueError(f'{captions} is empty: write reference sentences into it, one a line')
     mu, sigma, look = *(torch.tensor(c).view(3, 1, 1) for c in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)), test_transform(size)
     chosen = rng.permutation(len(files))[:n]
     images = torch.stack([((look(open_image(files[i])) * sigma + mu) * 255).round().byte() for i in chosen])

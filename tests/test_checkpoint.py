@@ -26,6 +26,9 @@ def test_what_is_no_checkpoint_is_refused_by_name():
             if data is not None: open(path, 'wb').write(data)
             if name == 'foreign': save_file(dict(w=torch.ones(2)), path)
             with pytest.raises(ValueError, match=f'{name}.safetensors is no checkpoint, or damaged'): read_tree(path)
+        for tree, tensors in (('{"tensor": ["t0"]}', {}), ('{"dict": [1]}', {}), ('{"tensor": "t0", "dict": {}}', {}), ('{}', {}), ('[' * 10**5, {}), ('1', dict(t0=torch.ones(1))), ('{"tensor": "t0"}', {})):
+            save_file(tensors, f'{d}/odd.safetensors', dict(format=FORMAT, tree=tree))
+            with pytest.raises(ValueError, match='odd.safetensors is no checkpoint, or damaged'): read_tree(f'{d}/odd.safetensors')
         with pytest.raises(FileNotFoundError): read_tree(f'{d}/none.safetensors')
     for bad in (dict(f=print), {1: 2}, [object()]):
         with pytest.raises(TypeError): flatten(bad, {})

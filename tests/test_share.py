@@ -109,6 +109,26 @@ def test_loading_is_strict():
         with pytest.raises(ValueError, match='format version 2'): load(Path(d)/'newer.safetensors')
 
 
+def test_a_header_is_refused_before_anything_is_built_from_it():
+    with TemporaryDirectory() as d:
+        good = save(trained(clip=pico(1), tasks=1), Path(d)/'good.safetensors', with_backbone=True)
+        header, tensors = read_header(good), load_file(good)
+        def refused(says, **new):
+            save_file(tensors, Path(d)/'odd.safetensors', {KEY: json.dumps({**header, **new})})
+            with pytest.raises(ValueError, match=r'odd\.safetensors: .*' + says): load(Path(d)/'odd.safetensors')
+        backbone, config = header['backbone'], header['backbone']['config']
+        other = lambda **new: dict(backbone={**backbone, 'config': {**config, **new}})
+        refused("text_cfg has an entry of unknown use: 'hf_model_name'", **other(text_cfg={**config['text_cfg'], 'hf_model_name': 'somebody/model'}))
+        refused("vision_cfg has an entry of unknown use: 'timm_model_name'", **other(vision_cfg={**config['vision_cfg'], 'timm_model_name': 'vit'}))
+        refused("experts has an entry of unknown use: 'mix'", experts={**header['experts'], 'mix': 'os.system'})
+        refused('of another shape: text_projection', **other(embed_dim=10**9))
+        refused('layers is 1000000000, but', **other(text_cfg={**config['text_cfg'], 'layers': 10**9}))
+        refused('n_tasks is 1000000000', n_tasks=10**9)
+        refused('scale is nan', experts={**header['experts'], 'scale': float('nan')})
+        refused('tasks is 3', tasks=3)
+        assert torch.equal(load(good).model.moes[0].routers[0].gate, tensors['0.moe.routers.0.gate'])
+
+
 def test_nothing_is_saved_that_could_not_be_loaded():
     with TemporaryDirectory() as d:
         path = Path(d)/'x.safetensors'
