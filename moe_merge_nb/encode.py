@@ -39,7 +39,8 @@ def mlp(layers:nn.Sequential, x:Tensor)->Tensor: # (batch, tokens, d), both
     "What the MLP of an open_clip block says, with less kept for the backward pass."
     h = layers.c_fc(x)                                                      # (batch, tokens, 4 d)
     if not isinstance(layers.gelu, QuickGELU): return layers.c_proj(layers.gelu(h))
-    return layers.c_proj(F.silu(h.mul_(1.702)).div_(1.702))                 # h is nobody else's
+    if not h.requires_grad: return layers.c_proj(h.mul_((1.702 * h).sigmoid_()))           # h is nobody else's
+    return layers.c_proj(F.silu(h.mul_(1.702)).div_(1.702))
 
 # %% ../nbs/24_encode.ipynb #aee890fb
 Beside = Callable[[Tensor], Tensor]          # x (batch, tokens, d), between the two steps of a block -> what is added, of the same shape

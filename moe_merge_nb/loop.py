@@ -130,14 +130,14 @@ def start(method:Method, clip:nn.Module, seed:int, config:dict, accelerator:Acce
 def learn(r:Run, stream:Stream, tokenizer, clip:nn.Module, seed:int, accelerator:Accelerator, extra:list[Callback])->Learner|None:
     "Teach the next task; None if the method trains nothing."
     if r.method.tune == 'nothing': return None
-    if r.model.branches: r.model.add_task()
+    if r.model.moes: r.model.add_task()
     j = r.done
     return train_task(r.model, stream[j], j, tokenizer, r.method.train, r.method.tune, [*r.around, *extra], seed=1000*seed + j, clip=clip, seen=stream.tasks[:j], accelerator=accelerator)
 
 # %% ../nbs/52_loop.ipynb #c422ecb3
 def fit(r:Run, clip:nn.Module, tokenizer, task, accelerator:Accelerator):
     "Tell selectors and head of the next task."
-    if not (r.model.branches or r.head): return
+    if not (r.model.moes or r.head): return
     features = labels = texts = None
     if r.head or any(isinstance(s, Fitted) for s in r.selectors.values()):
         features, labels = dataset_features(clip, task.calibration, num_workers=r.method.train.workers, accelerator=accelerator)
@@ -177,16 +177,16 @@ def provenance()->dict:
 # %% ../nbs/52_loop.ipynb #e8e2f7f9
 def state(r:Run)->dict:
     "All that must survive; see `write_tree`."
-    weights = r.model.branches.state_dict() if r.model.branches else r.model.clip.state_dict() if r.method.tune == 'backbone' else {}
+    weights = r.model.moes.state_dict() if r.model.moes else r.model.clip.state_dict() if r.method.tune == 'backbone' else {}
     tables = {name: getattr(r.result, name).to_dict('list') for name in TABLES}
     return dict(done=r.done, weights=dict(weights), selectors={n: s.state() for n, s in r.selectors.items()}, head=r.head.state() if r.head else None,
                 around=[c.state() for c in r.around], tables=tables, events=r.result.events, timings=r.result.timings)
 
 def restore(r:Run, saved:dict):
     "Bring a run that has just been started to where `saved` was."
-    if r.model.branches:
+    if r.model.moes:
         for _ in range(saved['done']): r.model.add_task()
-    if saved['weights']: (r.model.branches if r.model.branches else r.model.clip).load_state_dict(saved['weights'])
+    if saved['weights']: (r.model.moes if r.model.moes else r.model.clip).load_state_dict(saved['weights'])
     for n, s in r.selectors.items(): s.restore(saved['selectors'][n])
     if r.head: r.head.restore(saved['head'])
     for c, kept in zip(r.around, saved['around'], strict=True): c.restore(kept)
@@ -269,5 +269,5 @@ def seeded(selector:str, seed:int)->dict:
 
 def finished(result:Result, model:AdaptedCLIP)->Result:
     "The result with the adapters as they are now."
-    adapters = {k: v.detach().cpu().clone() for k, v in model.branches.state_dict().items()}
+    adapters = {k: v.detach().cpu().clone() for k, v in model.moes.state_dict().items()}
     return replace(result, adapters=adapters or None)

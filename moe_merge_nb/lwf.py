@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .backbone import encode_text
+from .encode import encode_text
 from .tasks import prompts
 from .train import Callback, Learner, autocast, class_logits
 

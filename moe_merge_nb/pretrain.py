@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from .backbone import encode_text, pico, pico_tokenizer, towers
+from .backbone import pico, pico_tokenizer, towers
+from .encode import encode_text
 from .pictures import Bank
 from .tasks import Task, normalise, prompts, stack
 from .views import augment, backgrounds

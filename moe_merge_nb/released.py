@@ -72,14 +72,14 @@ def sizes(
     return dict(embed_dim=state['visual.proj'].shape[1], quick_gelu=True, vision_cfg=vision_cfg, text_cfg=text_cfg), experts
 
 # %% ../nbs/75_released.ipynb #e17f5ba6
-def names(n_blocks:dict[str, int], n_experts:int, n_tasks:int)->dict[str, str]: # ours (in `model.branches`) -> theirs
+def names(n_blocks:dict[str, int], n_experts:int, n_tasks:int)->dict[str, str]: # ours (in `model.moes`) -> theirs
     "What the adapters are called here and there."
     found, i = {}, 0
     for prefix, n in n_blocks.items():
         for b in (f'{prefix}transformer.resblocks.{block}.' for block in range(n)):
             for e in range(n_experts):
-                found |= {f'{i}.moe.experts.{e}.{way}.{p}': f'{b}adaptmlp_list.{e}.{way}_proj.{p}' for way in ('down', 'up') for p in ('weight', 'bias')}
-            for t in range(n_tasks): found |= {f'{i}.moe.routers.{t}.gate': f'{b}router_list.{t}', f'{i}.moe.routers.{t}.noise': f'{b}w_noise_list.{t}'}
+                found |= {f'{i}.experts.{e}.{way}.{p}': f'{b}adaptmlp_list.{e}.{way}_proj.{p}' for way in ('down', 'up') for p in ('weight', 'bias')}
+            for t in range(n_tasks): found |= {f'{i}.routers.{t}.gate': f'{b}router_list.{t}', f'{i}.routers.{t}.noise': f'{b}w_noise_list.{t}'}
             i += 1
     return found
 
@@ -118,10 +118,10 @@ def account(
 def frozen_experts(model:AdaptedCLIP, ours:dict, frozen)->dict[str, Tensor]:
     "The `frozen` flags of all blocks, from names of parameters."
     back, lines = {theirs: n for n, theirs in ours.items()}, {line.strip() for line in frozen} - {''}
-    flags = {f'{i}.moe.frozen': torch.zeros_like(m.frozen) for i, m in enumerate(model.moes)}
+    flags = {f'{i}.frozen': torch.zeros_like(m.frozen) for i, m in enumerate(model.moes)}
     for line in lines:
         if 'experts' not in (parts := back.get(line.removeprefix('module.'), '').split('.')): raise ValueError(f'frozen names {line!r}, which is no expert of this checkpoint')
-        flags[f'{parts[0]}.moe.frozen'][int(parts[3])] = True
+        flags[f'{parts[0]}.frozen'][int(parts[2])] = True
     return flags
 
 # %% ../nbs/75_released.ipynb #59cd866f
@@ -140,7 +140,7 @@ def from_moe_adapters4cl(
     ours = names({'visual.': config['vision_cfg']['layers'], '': config['text_cfg']['layers']}, found['n_experts'], n_tasks)
     model.uses = account(state, set(clip.state_dict()), set(ours.values()), found['n_experts'])
     fill(clip, {n: state[n] for n in clip.state_dict()}, 'the backbone in the checkpoint')
-    fill(model.branches, {n: state[theirs] for n, theirs in ours.items()} | frozen_experts(model, ours, frozen), 'the checkpoint')
+    fill(model.moes, {n: state[theirs] for n, theirs in ours.items()} | frozen_experts(model, ours, frozen), 'the checkpoint')
     for moe in model.moes: moe.freeze(moe.frozen.nonzero().flatten().tolist())
     return model
 

@@ -171,7 +171,7 @@ def train_task(
     learner = Learner(model, task, index, optimizer, settings, tokenizer, tokenizer(prompts(task)).to(device), **known)
     order = shares(batch_indices(len(task.train), settings.batch, settings.iterations, seed), learner.accelerator)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == 'fp16')
-    model.scope.share = (0, 1) if alone(learner.accelerator) else (learner.accelerator.process_index, learner.accelerator.num_processes)
+    model.share = (0, 1) if alone(learner.accelerator) else (learner.accelerator.process_index, learner.accelerator.num_processes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.train()
@@ -181,6 +181,6 @@ def train_task(
             schedule.step()
             for c in callbacks: c.after_step(learner)
         model.eval()
-        model.scope.share = (0, 1)
+        model.share = (0, 1)
         for c in callbacks: c.after_task(learner)
     return learner

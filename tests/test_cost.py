@@ -29,7 +29,7 @@ def test_the_published_parameter_count():
     model = AdaptedCLIP(clip, n_experts=3, rank=4)
     for _ in range(2): model.add_task()
     widths = [b.ln_2.normalized_shape[0] for blocks in towers(clip).values() for b in blocks]
-    assert sum(n_adapter_parameters(widths, 3, 4, 2).values()) == sum(p.numel() for p in model.branches.parameters())
+    assert sum(n_adapter_parameters(widths, 3, 4, 2).values()) == sum(p.numel() for p in model.moes.parameters())
 
 
 def test_a_frozen_block_needs_no_weight_gradients():

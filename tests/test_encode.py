@@ -24,6 +24,7 @@ def test_quick_gelu_is_a_silu():
     x, y = (torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_() for _ in range(2))
     layers.double(), mlp(layers, x).square().sum().backward(), layers(y).square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
+    with torch.no_grad(): assert torch.equal(mlp(layers, x), layers(x))
 
 
 def test_some_tokens_of_a_block_are_those_of_all():

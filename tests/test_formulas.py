@@ -7,10 +7,13 @@ Nothing here uses the package's experts, routers or mixtures, nor nn.MultiheadAt
 Outputs are compared by the largest absolute difference (outputs have a standard deviation of order 1), gradients by the largest difference over the largest entry of each tensor.
 The comparison is in double precision, where a wrong formula shows and rounding does not, and once more in single precision, whose differences are printed (pytest -rP)."""
 import copy
+from functools import partial
 import pytest, torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from moe_merge_nb.adapt import AdaptedCLIP, n_adapter_parameters, scoped
+from moe_merge_nb import encode
+from moe_merge_nb.adapt import AdaptedCLIP, n_adapter_parameters
 from moe_merge_nb.backbone import load_clip
+from moe_merge_nb.moe import mixture
 
 E, R, K, S, P = 22, 64, 2, 0.1, 0.1          # experts, rank, top-k, scale, dropout
 TOWERS = ['image', 'text']
@@ -72,7 +75,7 @@ def random_model():
     for _ in range(2): model.add_task()
     for name, p in model.clip.named_parameters():
         if p.ndim == 1 and 'resblocks' in name: p.data.add_(0.2 * torch.randn(p.shape))          # norms and biases off their start
-    for name, p in model.branches.named_parameters():
+    for name, p in model.moes.named_parameters():
         p.data = torch.randn(p.shape) * (0.3 if p.ndim == 1 else 2 * p.shape[0]**-0.5 if 'routers' in name else 1.5 * p.shape[1]**-0.5)
     for moe in model.moes: moe.requires_grad_(True)                                               # gradients of all, of old routers too
     return model.eval()
@@ -83,17 +86,17 @@ def models():
     return {torch.float32: single, torch.float64: copy.deepcopy(single).double()}
 
 def setting(models, tower, dtype=torch.float64, n=3):
-    "Of the second block of a tower: block, branch, its weights, adapters, inputs (n, tokens, d), weights of a loss, keyword arguments of `block` here and there"
+    "Of the second block of a tower: block, mixture, its weights, adapters, inputs (n, tokens, d), weights of a loss, keyword arguments of `block`, mask"
     model = models[dtype]
     here = (model.clip.visual if tower == 'image' else model.clip).transformer.resblocks[1]
-    branch = next(b for b in model.branches if b.moe.tower == tower and b.moe.block == 1)
+    moe = next(m for m in model.moes if m.tower == tower and m.block == 1)
     d, tokens, heads = (768, 197, 12) if tower == 'image' else (512, 77, 8)
     w = {name: p.detach().double() for name, p in here.named_parameters()}
-    a = {name: p.detach().double().requires_grad_() for name, p in branch.moe.named_parameters()}
+    a = {name: p.detach().double().requires_grad_() for name, p in moe.named_parameters()}
     g = torch.Generator().manual_seed(1)
     x, loss = torch.randn(n, tokens, d, generator=g, dtype=torch.float64), torch.randn(n, tokens, d, generator=g, dtype=torch.float64)
-    mask = {} if tower == 'image' else dict(attn_mask=model.clip.attn_mask)
-    return model, here, branch, w, a, x, loss, dict(heads=heads, causal=tower == 'text'), mask
+    mask = None if tower == 'image' else model.clip.attn_mask
+    return model, here, moe, w, a, x, loss, dict(heads=heads, causal=tower == 'text'), mask
 
 def training_draws(n, tokens, dtype, seed):
     "What a training pass draws after `torch.manual_seed(seed)`: noise of the router, then the neurons that dropout keeps, best expert first"
@@ -110,14 +113,14 @@ def relative(found, wanted): return ((found.double() - wanted).abs().max() / wan
 def test_block_and_gradients_equal_the_formulas(models, tower, training):
     report = {}
     for dtype in (torch.float64, torch.float32):
-        model, here, branch, w, a, x, loss, how, mask = setting(models, tower, dtype)
+        model, here, moe, w, a, x, loss, how, mask = setting(models, tower, dtype)
         x_formula, x_ours = x.clone().requires_grad_(), x.to(dtype).requires_grad_()
         wanted, chosen = block(x_formula, w, a, **how, draws=training_draws(*x.shape[:2], dtype, seed=5) if training else None)
         gradients = torch.autograd.grad((wanted * loss).sum(), [x_formula, *a.values()], allow_unused=True)
         model.train(training)
         torch.manual_seed(5)
-        with scoped(model.scope, TASK): y = here(x_ours, **mask)
-        ours = torch.autograd.grad((y * loss.to(dtype)).sum(), [x_ours, *branch.moe.parameters()], allow_unused=True)
+        y = encode.block(here, x_ours, None if mask is None else mask.to(dtype), beside=partial(mixture, moe, task=TASK))
+        ours = torch.autograd.grad((y * loss.to(dtype)).sum(), [x_ours, *moe.parameters()], allow_unused=True)
         model.eval()
         used = {e for best in chosen for e in best}
         assert len(used) > K                                                                     # the sequences do not all go the same way
@@ -137,7 +140,7 @@ def test_block_and_gradients_equal_the_formulas(models, tower, training):
 
 
 def test_training_without_noise_would_be_noticed(models):
-    model, here, branch, w, a, x, loss, how, mask = setting(models, 'text')
+    model, here, moe, w, a, x, loss, how, mask = setting(models, 'text')
     eps, keep = training_draws(*x.shape[:2], torch.float64, seed=5)
     with torch.no_grad():
         wanted = block(x, w, a, **how, draws=(eps, keep))[0]
@@ -150,26 +153,26 @@ def test_towers_equal_the_formulas(models, tower):
     g = torch.Generator().manual_seed(2)
     w = {name: p.detach() for name, p in model.clip.named_parameters()}
     part = lambda prefix: {name.removeprefix(prefix): p for name, p in w.items() if name.startswith(prefix)}
-    adapters = [{name: p.detach() for name, p in b.moe.named_parameters()} for b in model.branches if b.moe.tower == tower]
+    adapters = [{name: p.detach() for name, p in m.named_parameters()} for m in model.moes if m.tower == tower]
     if tower == 'image':
         images = torch.randn(2, 3, 224, 224, generator=g, dtype=torch.float64)
         patches = images.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).reshape(2, 196, -1) @ w['visual.conv1.weight'].flatten(1).T
         x = torch.cat([w['visual.class_embedding'].expand(2, 1, -1), patches], 1) + w['visual.positional_embedding']
         start, prefix, heads = layer_norm(x, w['visual.ln_pre.weight'], w['visual.ln_pre.bias']), 'visual.transformer.resblocks.', 12
         end = lambda x: layer_norm(x[:, 0], w['visual.ln_post.weight'], w['visual.ln_post.bias']) @ w['visual.proj']
-        encode = lambda task: model.encode_image(images, task)
+        ours = lambda task: model.encode_image(images, task)
     else:
         tokens = torch.randint(1, 900, (3, 77), generator=g)
         last = torch.tensor([5, 76, 20])
         tokens[:, 0], tokens[torch.arange(3), last] = 998, 999
         start, prefix, heads = w['token_embedding.weight'][tokens] + w['positional_embedding'], 'transformer.resblocks.', 8
         end = lambda x: layer_norm(x[torch.arange(3), last], w['ln_final.weight'], w['ln_final.bias']) @ w['text_projection']
-        encode = lambda task: model.encode_text(tokens, task)
+        ours = lambda task: model.encode_text(tokens, task)
     for task in (TASK, None):
         x = start
         for i, a in enumerate(adapters): x, chosen = block(x, part(f'{prefix}{i}.'), a if task is not None else None, heads, tower == 'text')
         assert tower == 'image' or not chosen or len({tuple(best) for best in chosen}) == 1     # all prompts start alike: one pair of experts
-        with torch.no_grad(): found = encode(task)
+        with torch.no_grad(): found = ours(task)
         print(f'{tower} tower, task {task}: {(found - end(x)).abs().max():.1e} on features of standard deviation {found.std():.2f}')
         torch.testing.assert_close(found, end(x), rtol=0, atol=1e-12)
 

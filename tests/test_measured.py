@@ -33,11 +33,11 @@ def test_storing_twice_gives_the_same_bytes():
 
 def test_only_the_experts_frozen_last_keep_their_weights():
     r = example_result('moe')
-    r.adapters = {f'{i}.moe.experts.{e}.up.bias': torch.zeros(2) for i in range(7) for e in range(8)}
+    r.adapters = {f'{i}.experts.{e}.up.bias': torch.zeros(2) for i in range(7) for e in range(8)}
     with TemporaryDirectory() as d:
         store(r, 'x', d)
         back = measured('x', d)[0]
-    expected = {f'{i}.moe.experts.{e}.up.bias' for i, pair in enumerate(frozen_last(r)[b] for b in ('image 0', 'image 1', 'image 2', 'image 3', 'text 0', 'text 1', 'text 2')) for e in pair}
+    expected = {f'{i}.experts.{e}.up.bias' for i, pair in enumerate(frozen_last(r)[b] for b in ('image 0', 'image 1', 'image 2', 'image 3', 'text 0', 'text 1', 'text 2')) for e in pair}
     assert set(back.adapters) == expected and len(expected) == 14
 
 

@@ -62,7 +62,7 @@ def test_a_run_is_repeatable_and_its_first_stage_may_come_from_a_file():
 
 
 def test_zero_shot_accuracy_is_a_percentage_of_right_answers():
-    from moe_merge_nb.backbone import encode_text
+    from moe_merge_nb.encode import encode_text
     from moe_merge_nb.tasks import Images, Task, prompts
     dark, light = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
     data = Images(torch.cat([dark, light]), [0, 0, 1, 1]) # the third label is wrong

@@ -14,7 +14,8 @@ from moe_merge_nb.experts import make_experts, read, write
 from moe_merge_nb.freeze import freeze_most_used, most_used
 from moe_merge_nb.images import few_shot, saved_few_shot
 from moe_merge_nb.merge import COMBINE, Merge, align, balance, choose, mean, merge_iterations, merge_once
-from moe_merge_nb.moe import MoE, Routing, mix_loop, mix_stacked, mixture
+from moe_merge_nb.mix import mix_gathered, mix_loop, mix_segments, mix_stacked
+from moe_merge_nb.moe import MoE, Routing, mixture
 from moe_merge_nb.router import top_k_gates, top_p_gates
 from moe_merge_nb.train import batch_indices, lr_factor
 from moe_merge_nb.usage import Usage, since, usage_rows

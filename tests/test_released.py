@@ -140,7 +140,7 @@ def test_every_tensor_is_accounted_for():
                          ({**state, block + 'adaptmlp.up_proj.bias': torch.ones(128)}, 'adaptmlp.up_proj.bias should be a second name of .*adaptmlp_list.4.up_proj.bias, but they differ'),
                          (without('ln_final.bias'), '1 tensors are missing: ln_final.bias'),
                          (without(block + 'w_noise_list.1'), '1 tensors are missing: .*w_noise_list.1'),
-                         ({**state, block + 'router_list.1': torch.zeros(5, 128)}, r'1 of another shape: 4\.moe\.routers\.1\.gate \(5, 128\) instead of \(128, 5\)')):
+                         ({**state, block + 'router_list.1': torch.zeros(5, 128)}, r'1 of another shape: 4\.routers\.1\.gate \(5, 128\) instead of \(128, 5\)')):
         with pytest.raises(ValueError, match=message): from_moe_adapters4cl(bad)
 
 

@@ -49,7 +49,7 @@ def test_the_same_seed_trains_the_same_weights():
         model, tokenizer = small_model()
         torch.manual_seed(seed + 99)                    # the caller's random state must not matter
         train_task(model, toy_stream()[0], 0, tokenizer, quick, seed=seed)
-        return torch.cat([p.detach().flatten() for p in model.branches.parameters()])
+        return torch.cat([p.detach().flatten() for p in model.moes.parameters()])
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
 
 
@@ -85,7 +85,7 @@ def test_micro_batches_add_up_to_the_batch():
             for e in m.experts: e.dropout.p = 0.
             m.gate = lambda h: top_k_gates(h.detach() * 0 + torch.arange(6.), 2)              # no noise in the choice
         train_task(model, toy_stream()[0], 0, tokenizer, Train(iterations=6, batch=9, lr=1e-2, warmup=2, **kw))
-        return torch.cat([p.detach().flatten() for p in model.branches.parameters()])
+        return torch.cat([p.detach().flatten() for p in model.moes.parameters()])
     whole, pieces = trained(), trained(micro_batch=4)
     assert (whole - pieces).abs().max() < 1e-5 < (whole - trained(label_smoothing=0.)).abs().max()
 
