@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'JOBS', 'ALLOWED', 'class_names', 'Case', 'pairs', 'all_pairs', 'randomise', 'make_case', 'mode',
-           'train_ours', 'train_plain', 'shifted', 'train_bare', 'classify_plain', 'classify_ours', 'see_plain',
-           'see_ours', 'see_bare', 'gradients', 'worst', 'agreement', 'agreed']
+           'train_ours', 'train_plain', 'shifted', 'train_bare', 'classify_plain', 'classify_ours', 'classify_bare',
+           'see_plain', 'see_ours', 'see_bare', 'gradients', 'worst', 'agreement', 'agreed']
 
 # %% ../nbs/85_compare.ipynb #be186b8f
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from .evaluate import class_embeddings
 from .plain import PlainCLIP
 from .tasks import Task, prompts
 from .train import Learner, Train, class_logits, step
+from .tree import encode_prompts
 
 # %% ../nbs/85_compare.ipynb #5a282a43
 WORDS = 'red small round old green white light dark house table tree bird car boat street river stone flower dog cat garden mountain'.split()
@@ -107,7 +108,9 @@ def train_bare(case:Case):
 # %% ../nbs/85_compare.ipynb #e0aa57f5
 @torch.no_grad()
 def classify_plain(case:Case)->Tensor: return F.normalize(case.plain.encode_text(case.learner.tokenizer(prompts(case.learner.task))), dim=-1) # (C, d)
-def classify_ours(case:Case, s=0)->Tensor: return class_embeddings(case.model, case.learner.tokenizer, case.learner.task, s) # (C, d)
+def classify_ours(case:Case)->Tensor: return class_embeddings(case.model, case.learner.tokenizer, case.learner.task, 0) # (C, d)
+@torch.no_grad()
+def classify_bare(case:Case)->Tensor: return F.normalize(encode_prompts(case.model.clip, case.learner.tokenizer(prompts(case.learner.task))), dim=-1) # (C, d)
 
 @torch.no_grad()
 def see_plain(case:Case)->Tensor: return case.plain.encode_image(case.images) # (B, d)
@@ -117,7 +120,7 @@ def see_ours(case:Case)->Tensor: return case.model.encode_image(case.images, 0) 
 def see_bare(case:Case, encode=encode_image)->Tensor: return encode(case.model.clip, case.images) # (B, d)
 
 JOBS = {'training iteration': dict(plain=train_plain, ours=train_ours, bare=train_bare),
-        'text classifier': dict(plain=classify_plain, ours=classify_ours, bare=partial(classify_ours, s=-1)),
+        'text classifier': dict(plain=classify_plain, ours=classify_ours, bare=classify_bare),
         'image features': dict(plain=see_plain, ours=see_ours, bare=see_bare, open_clip=partial(see_bare, encode=lambda clip, x: clip.encode_image(x)))}
 
 # %% ../nbs/85_compare.ipynb #840cb31f

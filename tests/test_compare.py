@@ -21,7 +21,7 @@ def test_bare_is_plain_clip():
     clip = case.model.clip
     with torch.no_grad():
         torch.testing.assert_close(F.normalize(see_bare(case), dim=-1), F.normalize(clip.encode_image(case.images), dim=-1), rtol=0, atol=1e-6)
-        torch.testing.assert_close(JOBS['text classifier']['bare'](case), F.normalize(clip.encode_text(case.learner.tokens), dim=-1), rtol=0, atol=1e-6)
+        torch.testing.assert_close(classify_bare(case), F.normalize(clip.encode_text(case.learner.tokens), dim=-1), rtol=0, atol=1e-6)
     assert (see_ours(case) - see_bare(case)).abs().max() > 1e-3                # the adapters do something
 
 
