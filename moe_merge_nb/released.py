@@ -24,7 +24,7 @@ def read_checkpoint(path)->dict: # of tensors, or {'state_dict': of tensors}
     safe = Path(path).suffix == '.safetensors'
     try: return load_file(path) if safe else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise ValueError(f'{path} is not a file of tensors that {"safetensors" if safe else "torch.load(weights_only=True)"} reads ({type(e).__name__}: {str(e).splitlines()[0][:120]})') from e
+        raise ValueError(f'{path} is not a file of tensors that {"safetensors" if safe else "torch.load(weights_only=True)"} reads ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]})') from e
 
 SCALARS = {'input_resolution', 'context_length', 'vocab_size'} # of OpenAI's own files: sizes, which the tensors say too
 
@@ -43,7 +43,9 @@ NEEDED = ('visual.conv1.weight', 'visual.positional_embedding', 'visual.proj', '
 
 def n_of(state:dict, prefix:str)->int: # 1 + the highest number after `prefix`
     "How many of a list there are."
-    return 1 + max((int(m[1]) for k in state if (m := re.match(re.escape(prefix) + r'(\d+)\b', k))), default=-1)
+    n = 1 + max((int(m[1]) for k in state if (m := re.match(re.escape(prefix) + r'(\d{1,9})\b', k))), default=-1)
+    if n > len(state): raise ValueError(f'{prefix}{n - 1} is in a checkpoint of only {len(state)} tensors: it is not complete')
+    return n
 
 def heads_of(width:int, given:int|None, name:str)->int:
     "Attention heads: as given, or OpenAI's rule; ValueError where they do not divide the width."
@@ -59,6 +61,7 @@ def sizes(
     "What the shapes say; ValueError if this is no MoE-Adapters4CL model."
     for name in NEEDED:
         if not isinstance(state.get(name), Tensor): raise ValueError(f'this is no checkpoint of MoE-Adapters4CL with experts and a router per task in both towers of a ViT: {name} is missing')
+        if state[name].dim() != (4 if name == 'visual.conv1.weight' else 2) or not state[name].numel(): raise ValueError(f'{name} has the shape {tuple(state[name].shape)}, which is none of a ViT')
     (width, _, patch, _), n = state['visual.conv1.weight'].shape, len(state['visual.positional_embedding']) - 1
     if isqrt(n)**2 != n: raise ValueError(f'visual.positional_embedding is for {n} patches, which is no square')
     vocabulary, text = state['token_embedding.weight'].shape
@@ -134,7 +137,8 @@ def from_moe_adapters4cl(
     "A model of MoE-Adapters4CL (arXiv 2403.11549) as one of ours; ValueError names what does not fit."
     state = plain_state(state_dict)
     config, found = sizes(state, vision_heads, text_heads)
-    clip, n_tasks = clip_from(config), found.pop('n_tasks')
+    try: clip, n_tasks = clip_from(config), found.pop('n_tasks')
+    except Exception as e: raise ValueError(f'no CLIP has the sizes that the tensors say, {config} ({type(e).__name__}: {e})') from e
     with torch.random.fork_rng(devices=[]): model = AdaptedCLIP(clip, **found, top_k=top_k, scale=scale, dropout=dropout).eval()
     for _ in range(n_tasks): model.add_task()
     ours = names({'visual.': config['vision_cfg']['layers'], '': config['text_cfg']['layers']}, found['n_experts'], n_tasks)
@@ -162,7 +166,8 @@ def parser()->argparse.ArgumentParser:
 def convert(checkpoint, out, frozen=None, force=False, **options)->AdaptedCLIP:
     "Convert file `checkpoint` to file `out`; `options` go to `from_moe_adapters4cl`."
     if Path(out).exists() and not force: raise ValueError(f'{out} is there already: choose another name, or --force')
-    lines = Path(frozen).read_text(encoding='utf-8').splitlines() if frozen else ()
+    try: lines = Path(frozen).read_text(encoding='utf-8').splitlines() if frozen else ()
+    except UnicodeDecodeError as e: raise ValueError(f'{frozen} is no UTF-8 text file ({e})') from e
     model = from_moe_adapters4cl(read_checkpoint(checkpoint), frozen=lines, **options)
     digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     save(model, out, with_backbone=True, provenance=dict(converted_from='MoE-Adapters4CL', file=Path(checkpoint).name, sha256=digest))

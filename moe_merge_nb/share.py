@@ -33,7 +33,7 @@ def experts_config(
     model:AdaptedCLIP,
 )->dict: # keyword arguments
     "The arguments of `AdaptedCLIP` that make these mixtures; ValueError where they cannot be written as text."
-    if not model.branches: raise ValueError('this model has no mixtures (n_experts = 0): there is nothing to save')
+    if not model.moes: raise ValueError('this model has no mixtures (n_experts = 0): there is nothing to save')
     configs = [_moe_config(moe) for moe in model.moes]
     for moe, c in zip(model.moes, configs):
         if c != configs[0]: raise ValueError(f'{moe.tower} block {moe.block} has {c}, image block 0 has {configs[0]}: only mixtures that are alike in all blocks can be saved')
@@ -43,7 +43,7 @@ def _moe_config(moe):
     where, x = f'{moe.tower} block {moe.block}', moe.experts[0]
     odd = {type(m).__name__ for m in (*moe.experts, *moe.routers) if type(m) not in (Expert, Router)}
     if odd: raise ValueError(f'{where} has a {sorted(odd)[0]}: only Expert and Router can be saved')
-    if moe.mix is not once: raise ValueError(f'{where} mixes by {moe.mix!r}: a function cannot be saved; save state_dict() of model.branches and keep the code that made the model')
+    if moe.mix is not once: raise ValueError(f'{where} mixes by {moe.mix!r}: a function cannot be saved; save state_dict() of model.moes and keep the code that made the model')
     sizes = dict(n_experts=len(moe.experts), rank=x.down.out_features, scale=x.scale, dropout=x.dropout.p, shared_init=moe.base is not None)
     return {**sizes, **_gate_config(moe.gate, where)}
 
@@ -51,7 +51,7 @@ def _gate_config(gate, where):
     f, given = (gate.func, gate.keywords) if isinstance(gate, partial) else (gate, {})
     if f is top_k_gates: return dict(gate='top_k', top_k=given.get('k', 2))
     if f is top_p_gates: return dict(gate='top_p', top_p=given.get('p', 0.4))
-    raise ValueError(f"{where} has the gate {gate!r}: a function cannot be saved; use gate = 'top_k' or 'top_p', or save state_dict() of model.branches and keep the code")
+    raise ValueError(f"{where} has the gate {gate!r}: a function cannot be saved; use gate = 'top_k' or 'top_p', or save state_dict() of model.moes and keep the code")
 
 # %% ../nbs/74_share.ipynb #24041308
 def sha256(
@@ -137,7 +137,7 @@ def save(
 )->Path:
     "Write the adapters of `model`; ValueError where something cannot be written down."
     header, path = header_of(model, name, pretrained, tasks, provenance, with_backbone), Path(path)
-    tensors = dict(model.branches.state_dict())
+    tensors = dict(model.moes.state_dict())
     if with_backbone: tensors |= {f'clip.{k}': w for k, w in model.clip.state_dict().items()}
     tensors = {k: w.detach().cpu().clone(memory_format=torch.contiguous_format) for k, w in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,8 +243,8 @@ def header_of_run(
     except (ValueError, RecursionError) as e: raise ValueError(f'{directory/"config.json"} cannot be read ({type(e).__name__}: {e})') from e
     if not isinstance(config, dict) or not isinstance(config.get('tasks', []), list): raise ValueError(f'{directory/"config.json"} is no configuration of a run')
     if not isinstance(experts := config.get('experts'), dict): raise ValueError(f'{directory} holds a run without adapters (experts: {experts!r})')
-    if 'mix' in experts: raise ValueError(f'{directory} was made with a mixing function, {experts["mix"]!r}: build AdaptedCLIP with it and load adapters.safetensors into model.branches')
-    n_tasks = sum(name.startswith('0.moe.routers.') and name.endswith('.gate') for name in tensors)
+    if 'mix' in experts: raise ValueError(f'{directory} was made with a mixing function, {experts["mix"]!r}: build AdaptedCLIP with it and load adapters.safetensors into model.moes')
+    n_tasks = sum(name.startswith('0.routers.') and name.endswith('.gate') for name in tensors)
     tasks = [dict(name=name) for name in config.get('tasks', ())[:n_tasks]]
     backbone = dict(name=config.get('model', 'pico'), pretrained=config.get('pretrained'), sha256=None, config=None)
     return dict(version=1, package=config.get('version'), experts=experts, n_tasks=n_tasks, backbone=backbone, tasks=tasks, provenance=config)
@@ -299,7 +299,7 @@ def rebuilt(header:dict, tensors:dict, backbone:tuple|None)->tuple: # AdaptedCLI
     clip, tokenizer = restore_backbone(header['backbone'], tensors, backbone)
     with torch.random.fork_rng(devices=[]): model = AdaptedCLIP(clip, **header['experts']).eval()
     for _ in range(header['n_tasks']): model.add_task()
-    fill(model.branches, tensors, 'what it holds')
+    fill(model.moes, tensors, 'what it holds')
     for moe in model.moes: moe.freeze(moe.frozen.nonzero().flatten().tolist())
     return model, tokenizer
 

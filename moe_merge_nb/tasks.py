@@ -63,6 +63,17 @@ def _check_task(t):
     if len(t.calibration) != len(t.train): raise ValueError(f'task {t.name!r}: calibration has {len(t.calibration)} images; it needs the {len(t.train)} of train')
     for split in ('train', 'test'):
         if not len(getattr(t, split)): raise ValueError(f'task {t.name!r}: {split} has 0 images; it needs at least 1')
+        labels = getattr(getattr(t, split), 'labels', None)
+        if isinstance(labels, torch.Tensor) and not 0 <= labels.min() <= labels.max() < len(t.classes):
+            raise ValueError(f'task {t.name!r}: the labels of {split} are {int(labels.min())} ... {int(labels.max())}; with {len(t.classes)} classes they must be 0 ... {len(t.classes) - 1}')
+
+def _check_words(t):
+    "Raise ValueError for names that no file or prompt could hold: they would be found out after the training"
+    for s in (t.name, *t.classes, *t.templates):
+        if not isinstance(s, str) or not s.strip(): raise ValueError(f'task {t.name!r}: {s!r} is no name; give texts that are not blank')
+        try: s.encode()
+        except UnicodeEncodeError: raise ValueError(f'task {t.name!r}: {s!r} is no Unicode text; rename it (a folder from another system may be named in bytes that are not UTF-8)') from None
+    if any(c < ' ' for c in t.name): raise ValueError(f'task {t.name!r} has a line break or another control character in its name; results are tables, rename it')
 
 # %% ../nbs/10_tasks.ipynb #3e4a7bda
 @dataclass(frozen=True, repr=False)
@@ -77,6 +88,7 @@ class Task:
     def __post_init__(self):
         if self.calibration is None: object.__setattr__(self, 'calibration', self.train)
         for field in ('classes', 'templates'): object.__setattr__(self, field, _names(self.name, field, getattr(self, field)))
+        _check_words(self)
         _check_task(self)
     def __repr__(self): return f'Task({self.name}: {len(self.classes)} classes, {len(self.train)} train, {len(self.test)} test)'
 

@@ -15,7 +15,7 @@ def trained(tasks=2, clip=None, **options):
     torch.manual_seed(0)
     model = AdaptedCLIP(clip or load_clip()[0], **{**dict(n_experts=4, rank=3), **options}).eval()
     for _ in range(tasks): model.add_task()
-    for p in model.branches.parameters(): torch.nn.init.normal_(p, std=0.3)
+    for p in model.moes.parameters(): torch.nn.init.normal_(p, std=0.3)
     for moe in model.moes: moe.freeze([1, moe.block % 4])
     return model
 
@@ -56,7 +56,7 @@ def test_a_backbone_with_other_parts_is_refused():
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
     vision, text = dict(image_size=16, patch_size=8, width=32, layers=1, head_width=8), dict(context_length=9, vocab_size=50, width=32, layers=1, heads=2)
     for v, t in ((dict(pool_type='avg'), {}), ({}, dict(pool_type='last')), (dict(no_ln_pre=True), {}), (dict(norm_kwargs=dict(eps=1e-3)), {}), ({}, dict(no_causal_mask=True)), (dict(ls_init_value=0.1), {})):
-        with pytest.raises(ValueError, match='cannot be described'): clip_config(CLIP(16, CLIPVisionCfg(**vision, **v), CLIPTextCfg(**text, **t)))
+        with pytest.raises(ValueError, match='cannot be described|is supported'): clip_config(CLIP(16, CLIPVisionCfg(**vision, **v), CLIPTextCfg(**text, **t)))
 
 
 def test_everything_comes_back():
@@ -96,9 +96,9 @@ def test_loading_is_strict():
             tensors = {k: w for k, w in {**load_file(good), **new}.items() if w is not None}
             save_file(tensors, Path(d)/'bad.safetensors', metadata)
             return Path(d)/'bad.safetensors'
-        with pytest.raises(ValueError, match=r'1 missing: 2\.moe\.experts\.1\.up\.bias$'): load(changed(**{'2.moe.experts.1.up.bias': None}))
+        with pytest.raises(ValueError, match=r'1 missing: 2\.experts\.1\.up\.bias$'): load(changed(**{'2.experts.1.up.bias': None}))
         with pytest.raises(ValueError, match='1 left over: extra'): load(changed(extra=torch.zeros(1)))
-        with pytest.raises(ValueError, match=r'1 of another shape: 0\.moe\.routers\.0\.gate \(4, 128\) instead of \(128, 4\)'): load(changed(**{'0.moe.routers.0.gate': torch.zeros(4, 128)}))
+        with pytest.raises(ValueError, match=r'1 of another shape: 0\.routers\.0\.gate \(4, 128\) instead of \(128, 4\)'): load(changed(**{'0.routers.0.gate': torch.zeros(4, 128)}))
         with pytest.raises(ValueError, match='another backbone: .*pico.* sha256'): load(good, load_clip('pico', 'random'))
         with pytest.raises(FileNotFoundError, match='nowhere'): load(Path(d)/'nowhere')
         (Path(d)/'text.safetensors').write_text('no tensors here')
@@ -126,7 +126,7 @@ def test_a_header_is_refused_before_anything_is_built_from_it():
         refused('n_tasks is 1000000000', n_tasks=10**9)
         refused('scale is nan', experts={**header['experts'], 'scale': float('nan')})
         refused('tasks is 3', tasks=3)
-        assert torch.equal(load(good).model.moes[0].routers[0].gate, tensors['0.moe.routers.0.gate'])
+        assert torch.equal(load(good).model.moes[0].routers[0].gate, tensors['0.routers.0.gate'])
 
 
 def test_nothing_is_saved_that_could_not_be_loaded():

@@ -34,7 +34,9 @@ def test_impossible_tasks_are_refused():
     none = Images(np.zeros((0, 3, 8, 8), 'uint8'), [])
     for wrong, words in [(dict(classes=[]), '0 classes'), (dict(classes=['cat', 'cat']), 'cat'), (dict(classes='cat'), 'tuple'), (dict(templates=[]), '0 templates'),
                          (dict(templates=['a photo.']), '0 gaps'), (dict(templates=['a {} {}.']), '2 gaps'), (dict(test=none), 'test has 0 images'), (dict(train=none), 'train has 0 images'),
-                         (dict(calibration=Images(np.zeros((1, 3, 8, 8), 'uint8'), [0])), 'calibration has 1 images; it needs the 2')]:
+                         (dict(calibration=Images(np.zeros((1, 3, 8, 8), 'uint8'), [0])), 'calibration has 1 images; it needs the 2'),
+                         (dict(name='Pets\r'), 'control character'), (dict(name='Pets\udce9'), 'no Unicode text'), (dict(classes=['cat', 'caf\udce9']), 'no Unicode text'), (dict(classes=['cat', ' ']), 'blank'), (dict(classes=['cat', 3]), 'is no name'),
+                         (dict(classes=['cat']), r'labels of train are 0 \.\.\. 1; with 1 classes they must be 0 \.\.\. 0'), (dict(test=Images(np.zeros((2, 3, 8, 8), 'uint8'), [-100, 0])), 'labels of test are -100')]:
         with pytest.raises(ValueError, match=words) as e: Task(**(good | wrong))
         assert 'Pets' in str(e.value)
 
