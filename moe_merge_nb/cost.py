@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .adapt import AdaptedCLIP, n_adapter_parameters
 from .backbone import towers
 from .datasets import MTIL, names_of, spoken, templates_of
+from .encode import block
 
 # %% ../nbs/90_mtil.ipynb #d902243d
 class Demand(NamedTuple):
@@ -53,15 +54,14 @@ def counted(
     return counter.get_total_flops()
 
 def block_flops(
-    block:nn.Module, # a frozen residual block
+    b:nn.Module, # a frozen residual block
     tokens:int, # of the sequence
-    causal:bool=False, # the text tower's mask
+    rows:int|None=None, # for how many of them its output is wanted; None: all
 )->tuple[int, int]: # forward; backward, to the block's input
     "FLOPs of one sequence in one block."
-    block, d = copy.deepcopy(block).to('meta').requires_grad_(False), block.ln_2.normalized_shape[0]
+    b, d, y = copy.deepcopy(b).to('meta').requires_grad_(False), b.ln_2.normalized_shape[0], []
     x = torch.empty(1, tokens, d, device='meta', requires_grad=True)
-    mask, y = torch.empty(tokens, tokens, device='meta') if causal else None, []
-    forward = counted(lambda: y.append(block(x, attn_mask=mask)))
+    forward = counted(lambda: y.append(block(b, x, rows=rows)))
     return forward, counted(lambda: y[0].backward(torch.empty_like(y[0])))
 
 # %% ../nbs/90_mtil.ipynb #43ea104d
@@ -73,7 +73,7 @@ class Sizes(NamedTuple):
 
 def mixture_flops(
     width:int, # d
-    tokens:int, # N
+    tokens:int, # N, or R in the last block
     sizes:Sizes,
     training:bool=False, # noisy routers
 )->tuple[int, int, int]: # forward; backward; the part of backward that gives the gradient of the input
@@ -96,10 +96,14 @@ def sequence_flops(
     n, d = len(blocks), blocks[0].ln_2.normalized_shape[0]
     ends = 2 * (clip.visual.proj if image else clip.text_projection).numel()
     patches = 2 * clip.visual.conv1.weight.numel() * (tokens - 1) if image else 0
-    forward, backward = block_flops(blocks[0], tokens, not image)
-    mix, gradients, to_input = mixture_flops(d, tokens, sizes, training) if sizes else (0, 0, 0)
-    total = patches + n * (forward + mix) + ends
-    return total + (n - 1) * backward + n * gradients - to_input + ends if training else total
+    rows = [None] * (n - 1) + [(1 if image else 2) if sizes else None] # of each block
+    frozen = {r: block_flops(blocks[0], tokens, r) for r in set(rows)}
+    total = patches + ends * (1 + training)
+    for i, r in enumerate(rows):
+        forward, backward = frozen[r]
+        mix, gradients, to_input = mixture_flops(d, r or tokens, sizes, training) if sizes else (0, 0, 0)
+        total += forward + mix + training * (gradients + (backward if i else -to_input))
+    return total
 
 def image_tokens(clip:nn.Module)->int:
     "Patches and the class token."
@@ -175,17 +179,18 @@ class Kept(NamedTuple):
 def kept_bytes(
     model:AdaptedCLIP, # with a task
     lengths:tuple[int, int]=(8, 16), # tokens of the prompts that are measured
+    prompts:int=32, # that are measured at once
 )->Kept:
     "What training keeps, measured in single precision."
-    def ids(n, length):
-        t = torch.ones(n, length, dtype=torch.long)
+    def each(encode, inputs): return saved_bytes(model, lambda: encode(inputs, 0)) / len(inputs)
+    def ids(length):
+        t = torch.ones(prompts, length, dtype=torch.long)
         t[:, -1] = model.clip.vocab_size - 1 # the end of the text
         return t
-    def slope(encode, make): return saved_bytes(model, lambda: encode(make(2), 0)) - saved_bytes(model, lambda: encode(make(1), 0))
     model.train()
-    a, b = (slope(model.encode_text, lambda n: ids(n, length)) for length in lengths)
+    a, b = (each(model.encode_text, ids(length)) for length in lengths)
     token = (b - a) / (lengths[1] - lengths[0])
-    image = slope(model.encode_image, lambda n: torch.randn(n, 3, *model.clip.visual.image_size))
+    image = each(model.encode_image, torch.randn(1, 3, *model.clip.visual.image_size))
     model.eval()
     return Kept(image, a - token * lengths[0], token)
 
