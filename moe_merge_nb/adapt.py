@@ -112,11 +112,12 @@ def encode_text(self:AdaptedCLIP,
     tokens:Tensor, # (n, context) from the tokenizer
     task:int|None|Tensor=None, # as in `encode_image`
     probe:Callable[[Routing], None]|None=None,
+    first:tuple[Tensor, Tensor]|None=None, # what `first_text` says of the same tokens, if it is known
 )->Tensor: # (n, d), not normalised
     "Text features; the context is cut to the longest prompt, which changes nothing but the order of summation (3e-6 in fp32)."
     if isinstance(task, Tensor): return by_task(partial(self.encode_text, probe=probe), tokens, task)
     if task is None: return encode_text(self.clip, tokens, pooled=False)
-    return encode_text(self.clip, tokens, self.beside('text', task, probe))
+    return encode_text(self.clip, tokens, self.beside('text', task, probe), first=first)
 
 # %% ../nbs/34_adapt.ipynb #923273fd
 def trainable(

@@ -58,6 +58,13 @@ def test_leaving_out_what_nobody_reads_changes_no_feature():
             if not add: torch.testing.assert_close(encode_text(clip, tokens), clip.encode_text(tokens), rtol=0, atol=1e-13)
 
 
+def test_the_first_block_of_prompts_can_be_kept():
+    clip, tokenizer = load_clip('pico', 'random')
+    tokens, add = tokenizer(['a photo of a fox.', 'two dogs']), [lambda x: x.cos()] * 3
+    first = first_text(clip, tokens)
+    for _ in range(2): assert torch.equal(encode_text(clip, tokens, add, first=first), encode_text(clip, tokens, add))
+
+
 def test_what_stands_after_the_end_of_text_is_never_seen():
     model, tokenizer = load_clip('pico', 'random')
     tokens = tokenizer(['a photo of a fox.', 'a photo of a helicopter, a type of aircraft.'])
