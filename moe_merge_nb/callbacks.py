@@ -21,6 +21,10 @@ class FreezeMostUsed(Callback):
     n:int=2 # experts per block and task
     freeze_bug:bool=False # see `freeze_most_used`
 
+    def __post_init__(self):
+        if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 0: raise ValueError(f'freeze.n is {self.n!r}: choose a whole number of experts, 0 or more')
+        if not isinstance(self.freeze_bug, bool): raise ValueError(f'freeze.freeze_bug is {self.freeze_bug!r}: choose true or false')
+
     def after_task(self, learner:Learner):
         found = freeze_most_used(learner.model, learner.counts(), self.n, self.freeze_bug)
         learner.events += [dict(task=learner.task.name, iteration=learner.iteration, **e) for e in found]

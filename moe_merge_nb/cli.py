@@ -110,6 +110,9 @@ def made(node):
 
 def method_of(cfg:DictConfig)->Method:
     "The method that `cfg` describes."
+    for name in ('train', 'experts', 'freeze', 'merge', 'baseline', 'head'):
+        if not (cfg[name] is None or OmegaConf.is_config(cfg[name]) or callable(cfg[name])): raise UsageError(f'{name} is {cfg[name]!r}: set its parts, as in {name}.NAME=VALUE, or {name}=null for none')
+    if isinstance(cfg.selectors, (str, int, float)): raise UsageError(f'selectors is {cfg.selectors!r}: give a list, as in selectors=[oracle,gaussian]')
     try: return Method(**{f.name: tuple(v) if isinstance(v := made(cfg[f.name]), list) else v for f in fields(Method)})
     except (ValueError, TypeError) as e: raise UsageError(str(e)) from None
 
@@ -126,6 +129,8 @@ def parameters(method:Method, clip:torch.nn.Module, stream:Stream)->dict[str, in
 # %% ../nbs/81_cli.ipynb #cf2425e7
 def job(cfg:DictConfig, directory:str|None=None, progress:bool|dict=True)->Result:
     "Run what `cfg` describes, saved in `directory`; a run that is finished there is returned as it is, one that was interrupted goes on, another one is not overwritten."
+    for name, least in (('seed', 0), ('threads', 1)):
+        if type(cfg[name]) is not int or not least <= cfg[name] < 2**40: raise UsageError(f'{name} is {cfg[name]!r}: choose a whole number from {least} up')
     method, stream = method_of(cfg), made(cfg.stream)
     model = OmegaConf.to_container(cfg.model, resolve=True)
     config = dict(model=model['name'], pretrained=model['pretrained'])

@@ -46,6 +46,8 @@ def test_impossible_values_are_refused_with_field_and_limit():
         with pytest.raises(UsageError, match=says): method_of(composed('method=moe_merge', bad))
     for bad in ('order=3', 'data_seed=-1', 'shots=0'):
         with pytest.raises(UsageError, match=bad.split('=')[1]): job(composed(bad), progress=False)
+    for bad in ('seed=abc', 'seed=-1', 'seed=1.5', 'threads=0', 'train=5', 'merge=5', 'freeze=5', 'freeze.n=-1', 'selectors=gaussian'):
+        with pytest.raises(UsageError, match=bad.split('=')[0]): job(composed('method=moe_merge', 'stream=toy', 'model=random', bad), progress=False)
     with pytest.raises(UsageError, match='toy_stream|n_tasks'): job(composed('stream=toy', 'stream.n_tasks=0', 'model=random'), progress=False)
 
 
