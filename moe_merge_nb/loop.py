@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from .accept import Fitted
 from .adapt import AdaptedCLIP, check_sizes
 from .backbone import load_clip
+from .cache import Cache
 from .callbacks import FreezeMostUsed, MergeMostUsed
 from .checkpoint import read_tree, write_tree
 from .devices import peak_memory, shares
@@ -218,6 +219,7 @@ def run(
     config:dict|None=None, # further entries for the result's config
     progress:bool|dict=True, # show bars; a dict: one bar with these options of tqdm
     accelerator:Accelerator|None=None, # device, processes, trackers; None: what Accelerate finds
+    cache_mb:float=1024, # memory for what is known of test images, in MB; 0: everything is encoded again after every task
 )->Result:
     "Learn `stream` by `method`, evaluating all tasks after each."
     accelerator = checked(accelerator or Accelerator())
@@ -228,7 +230,7 @@ def run(
     plan = json.loads(json.dumps({**describe(stream, method, seed), **(config or {})}, default=str))
     r = start(method, clip, seed, {**describe(stream, method, seed), **provenance(), **(config or {}), 'processes': accelerator.num_processes}, accelerator)
     if saved := found(directory, plan): restore(r, saved)
-    cache = None if method.tune == 'backbone' else {}
+    cache = Cache(0 if method.tune == 'backbone' else cache_mb)             # where the backbone changes, nothing stays true
     with bar(r, stream, seed, progress, accelerator) as b:
         for task in stream.tasks[r.done:]:
             one_task(r, stream, task, tokenizer, clip, seed, accelerator, cache, [Progress(b), Track(accelerator)], progress is True)
@@ -237,7 +239,7 @@ def run(
     return finished(r.result, r.model)
 
 # %% ../nbs/52_loop.ipynb #b9ea2be9
-def one_task(r:Run, stream:Stream, task, tokenizer, clip, seed:int, accelerator:Accelerator, cache:dict|None, extra:list[Callback], progress:bool):
+def one_task(r:Run, stream:Stream, task, tokenizer, clip, seed:int, accelerator:Accelerator, cache:Cache, extra:list[Callback], progress:bool):
     "Train, fit, evaluate, record."
     if accelerator.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(accelerator.device)
     begin = time.perf_counter()
@@ -246,7 +248,7 @@ def one_task(r:Run, stream:Stream, task, tokenizer, clip, seed:int, accelerator:
     fit(r, clip, tokenizer, task, accelerator)
     predict = r.head.predict if r.head else STRATEGIES[r.method.predict]
     evaluation = evaluate(r.model, tokenizer, stream, r.selectors, task.name, cache, predict, progress=progress, accelerator=accelerator, workers=r.method.train.workers)
-    spent = dict(train=trained - begin, evaluate=time.perf_counter() - trained, iteration=(trained - begin) / r.method.train.iterations, memory_mb=round(memory, 1))
+    spent = dict(train=trained - begin, evaluate=time.perf_counter() - trained, iteration=(trained - begin) / r.method.train.iterations, memory_mb=round(memory, 1), **evaluation.passes)
     record(r.result, learner, task.name, evaluation, spent)
     accelerator.log({f'accuracy/{x.selector}/{x.task}': x.accuracy for x in evaluation.matrix.itertuples()} | {f'spent/{k}': v for k, v in spent.items()}, (r.done + 1) * r.method.train.iterations)
     r.done += 1

@@ -4,7 +4,9 @@
 import numpy as np, pandas as pd, pytest, torch
 from moe_merge_nb.adapt import AdaptedCLIP
 from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.evaluate import View, averaged, class_embeddings, evaluate, mtil_metrics, plain_pass, routed
+from moe_merge_nb.cache import Cache
+from moe_merge_nb.evaluate import Encoder, View, averaged, class_embeddings, evaluate, mtil_metrics, plain_pass, routed
+from moe_merge_nb.experts import read, write
 from moe_merge_nb.select import Latest, Oracle, dataset_features, make_selector
 from moe_merge_nb.tasks import prompts, stack, toy_stream
 
@@ -60,15 +62,39 @@ def test_class_embeddings_average_unit_features_over_templates():
     assert not torch.allclose(w, class_embeddings(net, tok, task, -1), atol=1e-2) # whose routers matters
 
 
+def test_encoded_once_while_nothing_changes():
+    net, tok = toy_model()
+    (task,), encoder = toy_stream(1), Encoder(*toy_model(), batch=5)
+    encoder.cache.look(encoder.model)
+    for index in (torch.arange(0, 24, 2), torch.arange(24)):
+        for s in (0, 1): torch.testing.assert_close(encoder.images(task, index, s), net.encode_image(stack(task.test)[0][index], s).detach(), rtol=1e-4, atol=1e-4)
+        assert torch.equal(encoder.classes(task, 1), class_embeddings(net, tok, task, 1)) and torch.equal(encoder.plain(task, index)[1], stack(task.test)[1][index])
+    assert encoder.passes == dict(images=24*3, prompts=6)
+
+
+def test_text_is_encoded_again_when_an_expert_it_used_has_changed():
+    (net, tok), (task,) = toy_model(), toy_stream(1)
+    encoder, text, probe = Encoder(net, tok), [m for m in net.moes if m.tower == 'text'], []
+    net.encode_text(tok(prompts(task)), 1, probe.append)
+    used, n = probe[1].gates[0] > 0, len(task.classes)*len(task.templates)
+    for e in range(len(used)):
+        encoder.cache.look(net)
+        encoder.classes(task, 1), encoder.passes.clear()
+        write(text[1].experts[e], {name: t + .1 for name, t in read(text[1].experts[e]).items()})
+        encoder.cache.look(net)
+        torch.testing.assert_close(encoder.classes(task, 1), class_embeddings(net, tok, task, 1))
+        assert encoder.passes['prompts'] == n*used[e]
+
+
 def test_plain_logits_are_those_of_clip():
     net, tok = toy_model()
-    task = toy_stream(1)[0]
+    task, encoder = toy_stream(1)[0], Encoder(net, tok, batch=7)
     images, labels = stack(task.test)
-    p = plain_pass(net, tok, task, batch=7)
+    p = plain_pass(encoder, task)
     z, w = net.clip.encode_image(images), class_embeddings(net, tok, task)
     torch.testing.assert_close(p['logits'], net.logit_scale.exp()*z/z.norm(dim=1, keepdim=True) @ w.T, rtol=1e-4, atol=1e-4)
     assert (p['labels'] == labels).all()
-    odd = plain_pass(net, tok, task, index=torch.arange(1, 24, 2))
+    odd = plain_pass(Encoder(net, tok), task, index=torch.arange(1, 24, 2))
     torch.testing.assert_close(odd['features'], p['features'][1::2], rtol=1e-4, atol=1e-4)
     assert (odd['labels'] == labels[1::2]).all()
 
@@ -106,7 +132,7 @@ def test_several_selectors_at_once_are_the_same_as_one_by_one():
     together = evaluate(net, tok, toys, picks, after='circles')
     for name, s in picks.items():
         single = evaluate(net, tok, toys, {name: s}, after='circles')
-        for a, b in zip(single, together): pd.testing.assert_frame_equal(a, b[b.selector == name].reset_index(drop=True))
+        for a, b in zip(single[:2], together[:2]): pd.testing.assert_frame_equal(a, b[b.selector == name].reset_index(drop=True))
     assert (together.selection.groupby(['selector', 'task'])['count'].sum() == 24).all()
 
 
@@ -120,15 +146,14 @@ def test_accuracy_is_that_of_the_model_called_by_hand():
         assert row[i] == pytest.approx(100*((z @ w.T).argmax(1) == labels).double().mean().item())
 
 
-def test_the_cache_changes_nothing_and_spares_the_plain_passes():
+def test_the_cache_changes_nothing_and_spares_passes():
     net, tok = toy_model()
-    toys, latest, cache = toy_stream(2), {'none': Latest()}, {}
-    a = evaluate(net, tok, toys, latest, after='squares', cache=cache)
-    assert list(cache) == toys.names
-    encode, calls = net.clip.encode_image, []
-    net.clip.encode_image = lambda x: calls.append(len(x)) or encode(x)
-    b = evaluate(net, tok, toys, latest, after='squares', cache=cache)
-    assert calls == [] and a.matrix.equals(b.matrix)
+    toys, picks, cache = toy_stream(3), {name: make_selector(name) for name in ('oracle', 'none', 'gaussian')}, Cache()
+    for task in toys.tasks[:2]:
+        for s in picks.values(): s.fit(*dataset_features(net.clip, task.train))
+    first, second, without = (evaluate(net, tok, toys, picks, after='circles', cache=c) for c in (cache, cache, None))
+    for row in (second, without): assert row.matrix.equals(first.matrix) and row.selection.equals(first.selection)
+    assert second.passes['images'] == second.passes['prompts'] == 0 < without.passes['images'] == first.passes['images'] < first.passes['images_naive']
 
 
 def test_strategies_reach_the_prediction():
@@ -158,15 +183,16 @@ def test_several_processes_return_the_tables_of_one():
             for s in picks.values(): s.fit(*dataset_features(net.clip, task.train))
         return net, tok, Stream('toy', (a, b, replace(c, test=Subset(c.test, [5])))), picks
     def work(path):
-        accelerator, cache = Accelerator(cpu=True), {}
+        accelerator, cache = Accelerator(cpu=True), Cache()
         row = evaluate(*setting(), after='circles', cache=cache, accelerator=accelerator)
-        torch.save((row.matrix.to_csv(), row.selection.to_csv(), [len(p['labels']) for p in cache.values()]), f'{path}/{accelerator.process_index}.pt')
+        torch.save((row.matrix.to_csv(), row.selection.to_csv(), [len(r.index) for (tower, _, s), r in cache.rows.items() if tower == 'image' and s < 0], row.passes['images_naive']), f'{path}/{accelerator.process_index}.pt')
     one = evaluate(*setting(), after='circles')
     with tempfile.TemporaryDirectory() as d:
         in_processes(work, d)
         first, second = (torch.load(f'{d}/{r}.pt') for r in range(2))
     assert first[:2] == second[:2] == (one.matrix.to_csv(), one.selection.to_csv())
     assert first[2] == [12, 12, 1] and second[2] == [12, 12] # each saw its share
+    assert first[3] == second[3] == one.passes['images_naive']
 
 
 def test_training_mode_is_left_as_it_was():

@@ -151,6 +151,15 @@ def test_mixed_precision_of_the_launcher_is_refused():
     with pytest.raises(ValueError, match='train.precision=bf16'): checked(SimpleNamespace(mixed_precision='bf16'))
 
 
+def test_with_and_without_a_cache_the_matrix_is_the_same():
+    method = small(selectors=('oracle', 'gaussian', 'autoencoder', 'text'))
+    on, off = (run(toy_stream(3), method, 0, backbone, progress=False, cache_mb=mb) for mb in (1024, 0))
+    assert on.matrix.equals(off.matrix) and on.selection.equals(off.selection) and any(e['kind'] == 'merge' for e in on.events)
+    images, naive, all_, prompts, all_prompts = (sum(t[k] for t in r.timings.values()) for r, k in ((on, 'images'), (on, 'images_naive'), (off, 'images'), (on, 'prompts'), (off, 'prompts')))
+    assert images <= naive / 2 and images < all_ < naive and prompts < all_prompts
+    with pytest.raises(ValueError, match='cache_mb is -1'): run(toy_stream(1), method, 0, backbone, progress=False, cache_mb=-1)
+
+
 def test_every_method_of_the_configuration_learns_the_toy_stream():
     from moe_merge_nb.config import METHODS
     for m in METHODS.values():
