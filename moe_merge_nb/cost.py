@@ -131,14 +131,15 @@ def run_flops(
     rows, demands, N = [], list(demands), image_tokens(clip)
     image = {s: sequence_flops(clip, 'image', N, s) for s in (None, sizes)}
     text = {(n, s): sequence_flops(clip, 'text', n, s) for n in {n for d in demands for n in d.lengths} for s in (None, sizes)}
-    trained = sequence_flops(clip, 'image', N, sizes, True)
+    trained, first = sequence_flops(clip, 'image', N, sizes, True), towers(clip)['text'][0]
     for i, d in enumerate(demands):
         per_image, per_prompt = passes(len(demands), i, fitted)
+        each, once = sequence_flops(clip, 'text', d.lengths[0], sizes, True), block_flops(first, d.lengths[0])[0]
         prompts = {s: d.classes * sum(text[n, s] for n in d.lengths) for s in (None, sizes)}
         rows.append({
             'task': d.task,
             'training, images': iterations * batch * trained,
-            'training, prompts': iterations * d.classes * sequence_flops(clip, 'text', d.lengths[0], sizes, True),
+            'training, prompts': d.classes * (iterations * (each - once) + once),
             'selectors, images': d.train * image[None] * (fitted > 0),
             'evaluation, images': d.test * (image[None] + per_image * image[sizes]),
             'evaluation, prompts': (1 + (fitted > 0)) * prompts[None] + per_prompt * prompts[sizes]})
