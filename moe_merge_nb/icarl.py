@@ -24,7 +24,7 @@ def herding(
 )->list[int]: # positions, best first
     "The images whose running mean follows the mean of all (arXiv 1611.07725, algorithm 4)."
     phi = F.normalize(features, dim=-1)
-    mu, total, chosen = phi.mean(0), torch.zeros_like(phi[0]), []
+    mu, total, chosen = phi.mean(0), phi.new_zeros(phi.shape[1]), []
     for k in range(1, min(m, len(phi)) + 1):
         distance = (mu - (phi + total) / k).norm(dim=1)                     # (n,)
         distance[chosen] = torch.inf                                        # every image once
