@@ -20,17 +20,18 @@ class Reconstruct(nn.Module):
         self.register_buffer('std', std.clamp(min=1e-6))
         self.down, self.up = nn.Linear(len(mean), hidden), nn.Linear(hidden, len(mean))
 
-    def error(self, features): # (N, F) -> (N,)
-        x = (features - self.mean)/self.std
+    def standard(self, features): return (features - self.mean)/self.std # (N, F)
+
+    def error(self, x): # (N, F), standardised -> (N,)
         return (self.up(self.down(x).relu()) - x).square().mean(1)
 
     def forward(self, features):
-        with torch.no_grad(): return self.error(features)
+        with torch.no_grad(): return self.error(self.standard(features))
 
     def learn(self, x, # (N, F)
               steps, lr, batch):
         "Train on `x` with PyTorch's global random numbers"
-        optimizer = torch.optim.AdamW(self.parameters(), lr)
+        x, optimizer = self.standard(x), torch.optim.AdamW(self.parameters(), lr, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
         for _ in range(steps):
             loss = self.error(x[torch.randint(len(x), (min(batch, len(x)),))]).mean()

@@ -72,6 +72,12 @@ def test_encoded_once_while_nothing_changes():
     assert encoder.passes == dict(images=24*3, prompts=6)
 
 
+def test_features_do_not_depend_on_which_images_are_encoded_together():
+    (net, tok), (task,) = toy_model(), toy_stream(1)
+    every = Encoder(net, tok).images(task, torch.arange(24), 0)
+    for n in (1, 2, 3, 5, 9): torch.testing.assert_close(Encoder(net, tok).images(task, torch.arange(n), 0), every[:n], rtol=1e-6, atol=1e-6)
+
+
 def test_text_is_encoded_again_when_an_expert_it_used_has_changed():
     (net, tok), (task,) = toy_model(), toy_stream(1)
     encoder, text, probe = Encoder(net, tok), [m for m in net.moes if m.tower == 'text'], []
