@@ -158,6 +158,8 @@ def test_p_is_refused_outside_0_to_1(p):
 
 # ---- mixtures
 
+FAST = mix_stacked, mix_gathered, mix_segments
+
 @st.composite
 def gates_for(draw, n, rows):
     "Any gates with an open one in every row: as top-p makes them, rows open different numbers of experts."
@@ -166,11 +168,11 @@ def gates_for(draw, n, rows):
     return g
 
 @given(experts_of(dtype=torch.float64), st.data())
-def test_the_stacked_mixture_equals_the_obvious_one(experts, data):
+def test_every_formulation_of_the_mixture_equals_the_obvious_one(experts, data):
     x = randn(data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5)), experts[0].down.in_features, seed=data.draw(seeds), dtype=torch.float64)
     gates = data.draw(gates_for(len(experts), len(x))).double()
     y = mix_loop(x, gates, experts)
-    near(mix_stacked(x, gates, experts), y, rtol=1e-9, atol=small(y, 1e-9))
+    for mix in FAST: near(mix(x, gates, experts), y, rtol=1e-9, atol=small(y, 1e-9))
 
 @given(experts_of(dtype=torch.float64), st.data())
 def test_a_permutation_of_experts_leaves_the_output(experts, data):
@@ -178,7 +180,7 @@ def test_a_permutation_of_experts_leaves_the_output(experts, data):
     gates = data.draw(gates_for(len(experts), 3)).double()
     p = data.draw(st.permutations(range(len(experts))))
     moved = torch.nn.ModuleList(experts[e] for e in p)
-    for mix in (mix_loop, mix_stacked):
+    for mix in (mix_loop, *FAST):
         y = mix(x, gates, experts)
         near(mix(x, gates[:, p], moved), y, rtol=1e-9, atol=small(y, 1e-9))
 
@@ -197,6 +199,25 @@ def test_a_sequence_is_mixed_as_if_it_were_alone(experts, data):
     y = mix_stacked(x, gates, experts)
     for i in range(4): near(mix_stacked(x[i:i + 1], gates[i:i + 1], experts), y[i:i + 1], rtol=1e-3, atol=small(y, 1e-5))
 
+
+@given(experts_of(), st.data())
+def test_a_sequence_whose_gates_are_nan_comes_out_as_nan_and_the_others_as_they_were(experts, data):
+    x = randn(3, 2, experts[0].down.in_features)
+    gates = data.draw(gates_for(len(experts), 3))
+    poisoned, row = gates.clone(), data.draw(st.integers(0, 2))
+    poisoned[row] = math.nan
+    for mix in (mix_loop, *FAST):
+        y, clean = mix(x, poisoned, experts), mix(x, gates, experts)
+        assert y[row].isnan().all()
+        others = [i for i in range(3) if i != row]
+        near(y[others], clean[others], rtol=1e-3, atol=small(clean, 1e-5))
+
+@pytest.mark.xfail(strict=True, raises=(RuntimeError, ValueError), reason='mix.selected counts open gates by > 0: where all are NaN, or there is no sequence, nothing is left to stack')
+@pytest.mark.parametrize('mix', FAST)
+@pytest.mark.parametrize('gates', [torch.full((2, 3), math.nan), torch.zeros(2, 3), torch.zeros(0, 3)], ids=['nan', 'closed', 'empty'])
+def test_gates_that_are_all_nan_or_closed_or_of_no_sequence_are_mixed_like_any_others(mix, gates):
+    experts, x = make_experts(3, 4, 2).eval(), randn(2, 5, 4)[:len(gates)]
+    near(mix(x, gates, experts), mix_loop(x, gates, experts), equal_nan=True)
 
 # ---- usage
 
