@@ -152,7 +152,7 @@ def measure(model:str, classes:list[int], rounds:int, experts:list[int], batch:i
         new, frozen, shapes = measure_case(model, c, batch, rounds, c == min(classes))
         rows += new
     say(f'{model}: growth')
-    return rows + growth(model, frozen, shapes, experts, 3*rounds, classes=classes)
+    return rows + growth(model, frozen, shapes, experts, 2*rounds, classes=classes)
 
 # %% ../nbs/86_bench.ipynb #a2777e1b
 def same(what:str, ratio:str, limits:dict[int, str|None])->list[tuple]: # what, above (n, side), below (n, side), limit
@@ -243,7 +243,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--model', action='append', help="'pico' or a transformer of open_clip (random weights); may be repeated")
     p.add_argument('--classes', type=int, action='append', help='number of prompts (10, 47, 102); may be repeated')
     p.add_argument('--experts', type=int, action='append', help='experts of one block (2, 8, 22, 64, 256); may be repeated')
-    p.add_argument('--rounds', type=int, help='measurements of each side (one block: three times as many)')
+    p.add_argument('--rounds', type=int, help='measurements of each side (one block: twice as many)')
     p.add_argument('--threads', type=int, default=1, help='of torch')
     p.add_argument('--json', help='write all rows to this file')
     return p
