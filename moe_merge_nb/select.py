@@ -14,6 +14,7 @@ from .accept import Fitted
 from .autoencoder import AutoEncoder
 from .backbone import towers
 from .devices import alone
+from .encode import encode_image
 from .gaussian import Gaussian
 from .text_space import TextSpace
 
@@ -24,8 +25,10 @@ def frozen_features(clip, # an open_clip model with a transformer image tower
                    )->torch.Tensor: # (N, d + 2 w): embedding (not normalised), mean and std over tokens; d = embed_dim, w = width
     "Features of plain `clip` by which selectors tell tasks apart: its embedding, and mean and std over tokens after half of its blocks"
     blocks, seen = towers(clip)['image'], []
-    hook = blocks[max(0, len(blocks)//2 - 1)].register_forward_hook(lambda block, inputs, output: seen.append(output))
-    try: z = clip.encode_image(images) # (N, d)
+    half = max(1, len(blocks)//2)
+    reader = blocks[half].ln_1 if half < len(blocks) else clip.visual.ln_post # whoever reads the tokens half-way up
+    hook = reader.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try: z = encode_image(clip, images, pooled=half < len(blocks)) # (N, d)
     finally: hook.remove()
     x = seen[0] # (N, tokens, w)
     return torch.cat([z, x.mean(1), x.std(1)], dim=1)
@@ -37,7 +40,7 @@ def stretch(dataset, accelerator):
     return Subset(dataset, [min(i, n - 1) for i in range(r*m, (r + 1)*m)])
 
 def dataset_features(clip, dataset, # of (image, label)
-                     batch=256, # images per pass; does not change the result beyond rounding
+                     batch=96, # images per pass; does not change the result beyond rounding
                      num_workers=0, # processes that load images
                      accelerator=None # of `accelerate`: processes share the work; None: one process
                     )->tuple[torch.Tensor, torch.Tensor]: # features (N, d + 2 w), labels (N,); on the CPU
