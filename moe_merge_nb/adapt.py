@@ -15,6 +15,7 @@ from .backbone import towers
 from .encode import Beside, encode_image, encode_text
 from .moe import MoE, Routing, mixture, once
 from .router import top_k_gates, top_p_gates
+from .tree import encode_prompts
 
 # %% ../nbs/34_adapt.ipynb #1935c7c7
 class AdaptedCLIP(nn.Module):
@@ -118,6 +119,18 @@ def encode_text(self:AdaptedCLIP,
     if isinstance(task, Tensor): return by_task(partial(self.encode_text, probe=probe), tokens, task)
     if task is None: return encode_text(self.clip, tokens, pooled=False)
     return encode_text(self.clip, tokens, self.beside('text', task, probe), first=first)
+
+# %% ../nbs/34_adapt.ipynb #d7722bdc
+@patch
+def encode_prompts(self:AdaptedCLIP,
+    tokens:Tensor, # (n, context) from the tokenizer
+    task:int|None=None, # whose routers; None: plain CLIP
+    probe:Callable[[Routing], None]|None=None,
+)->Tensor: # (n, d), not normalised
+    "Text features in evaluation, as `encode_text` gives them up to the order of summation, in a fraction of the time."
+    if self.training: raise ValueError('encode_prompts is for evaluation, where all prompts are routed alike: call eval() first, or use encode_text')
+    if task is None or any(moe.mix is not once for moe in self.moes): return self.encode_text(tokens, task, probe)
+    return encode_prompts(self.clip, tokens, self.beside('text', task, probe))
 
 # %% ../nbs/34_adapt.ipynb #923273fd
 def trainable(

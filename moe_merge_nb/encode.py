@@ -27,7 +27,7 @@ def attention(
     mask:Tensor|None=None, # added to the scores, (queries, tokens) or (batch, 1, queries, tokens)
 )->Tensor: # (batch, queries, d)
     "What `attn(q, x, x)` says."
-    if q is x and not x.requires_grad: return attn(x, x, x, need_weights=False, attn_mask=mask)[0]      # PyTorch's fast path
+    if q is x and not torch.is_grad_enabled(): return attn(x, x, x, need_weights=False, attn_mask=mask)[0]      # PyTorch's fast path
     W, b, d = attn.in_proj_weight, attn.in_proj_bias, x.shape[-1]
     if q is x: Q, K, V = heads(x, W, b, attn.head_dim)
     else: Q, K, V = *heads(q, W[:d], b[:d], attn.head_dim), *heads(x, W[d:], b[d:], attn.head_dim)

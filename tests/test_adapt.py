@@ -5,6 +5,7 @@ import copy
 import pytest, torch
 from moe_merge_nb.backbone import load_clip
 from moe_merge_nb.encode import encode_image, encode_text
+from moe_merge_nb.mix import mix_loop
 from moe_merge_nb.moe import *
 from moe_merge_nb.adapt import *
 
@@ -47,6 +48,15 @@ def test_tasks_can_differ_from_image_to_image():
     mixed = adapted.encode_image(images, task)
     for i, t in enumerate(task.tolist()):
         torch.testing.assert_close(mixed[i:i+1], adapted.encode_image(images[i:i+1], t if t >= 0 else None), rtol=1e-5, atol=1e-5)
+
+
+def test_a_tree_of_prompts_is_the_prompts_one_by_one():
+    adapted, _, tokens = trained_like()
+    with torch.no_grad(): torch.testing.assert_close(adapted.encode_prompts(tokens, 0), adapted.encode_text(tokens, 0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match='call eval'): adapted.train().encode_prompts(tokens, 0)
+    last = lambda x, route, experts: mix_loop(x, route(x[:, -1:]), experts)                  # not routed by token 0
+    adapted, _, tokens = trained_like(mix=last)
+    assert torch.equal(adapted.encode_prompts(tokens, 0), adapted.encode_text(tokens, 0))
 
 
 def test_the_experts_read_x_before_ln_2():
