@@ -8,7 +8,7 @@ __all__ = ['KEY', 'ENTRIES', 'FILE', 'CARD', 'experts_config', 'sha256', 'clip_f
            'header_of_run', 'restore_backbone', 'tokenizer_for', 'Shared', 'rebuilt', 'load']
 
 # %% ../nbs/74_share.ipynb #8577db71
-import copy, hashlib, json, math
+import copy, hashlib, json
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -201,7 +201,7 @@ def check_entries(
     for name, kinds in known.items():
         if name not in said and name in optional: continue
         value = said.get(name, ...)
-        if type(value) not in kinds or type(value) in _NUMBER and not math.isfinite(value): raise ValueError(f'{what}.{name} is {"missing" if value is ... else repr(value)[:40]}: {" or ".join(k.__name__ for k in kinds)} is wanted')
+        if type(value) not in kinds or type(value) in _NUMBER and not abs(value) < 2**63: raise ValueError(f'{what}.{name} is {"missing" if value is ... else repr(value)[:40]}: {" or ".join(k.__name__ for k in kinds)} is wanted')
 
 # %% ../nbs/74_share.ipynb #2f2efb87
 def check_header(

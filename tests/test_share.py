@@ -124,6 +124,7 @@ def test_a_header_is_refused_before_anything_is_built_from_it():
         refused('of another shape: text_projection', **other(embed_dim=10**9))
         refused('layers is 1000000000, but', **other(text_cfg={**config['text_cfg'], 'layers': 10**9}))
         refused('n_tasks is 1000000000', n_tasks=10**9)
+        refused('embed_dim is 1000', **other(embed_dim=10**400))
         refused('scale is nan', experts={**header['experts'], 'scale': float('nan')})
         refused('tasks is 3', tasks=3)
         assert torch.equal(load(good).model.moes[0].routers[0].gate, tensors['0.routers.0.gate'])
