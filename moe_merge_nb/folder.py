@@ -97,7 +97,7 @@ def _kept(path, rule):
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
         return dict(content['files']) if content['rule'] == rule else {}
-    except (OSError, ValueError, KeyError, TypeError): return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): return {}
 
 def _keep(path, rule, good):
     "Remember good files if possible"

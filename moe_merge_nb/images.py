@@ -13,6 +13,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Sequence
+from operator import index
 from pathlib import Path
 import numpy as np
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -123,12 +124,13 @@ def write_json(
 def _read_list(path, want, labels):
     "The positions in `path`, checked"
     remedy = 'delete it to have a new list drawn, or name another file'
-    try: have = json.loads(path.read_text(encoding='utf-8')); keep = [int(i) for i in have['positions']]
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} is no few-shot list ({e!r}); {remedy}') from e
+    try: have = json.loads(path.read_text(encoding='utf-8')); keep = [index(i) for i in have['positions']]
+    except (ValueError, KeyError, TypeError, RecursionError) as e: raise ValueError(f'{path} is no few-shot list ({e!r}); {remedy}') from e
     for key, value in want.items():
         if have.get(key) != value: raise ValueError(f'{path} was made for other data: its {key} is {have.get(key)!r}, here it is {value!r}; {remedy}')
-    counts = np.bincount(labels[[i for i in keep if 0 <= i < len(labels)]])
-    complete = counts.sum() == len(set(keep)) == len(keep) and set(counts.tolist()) <= {0, want['shots']}
+    there = np.bincount(labels) > 0 # (classes,)
+    counts = np.bincount(labels[[i for i in keep if 0 <= i < len(labels)]], minlength=len(there))
+    complete = counts.sum() == len(set(keep)) == len(keep) and np.array_equal(counts, there * want['shots'])
     if not complete: raise ValueError(f"{path} does not hold {want['shots']} images per class; {remedy}")
     return keep
 

@@ -438,6 +438,7 @@ def test_templates_and_class_names_of_any_bytes_are_read_or_refused_by_name(tmp_
     if stream: assert stream[0].classes[0].strip() and all(t.count('{}') == 1 for t in stream[0].templates)
 
 @given(st.one_of(st.binary(max_size=60), odd.map(lambda v: repr(v).encode()), st.fixed_dictionaries({}, optional=dict(rule=odd, files=odd)).map(lambda v: json.dumps(v, default=str).encode() if all(not isinstance(x, int) or abs(x) < 2**70 for x in v.values()) else b'{}')))
+@example(DEEP.encode())
 def test_a_cache_of_any_content_changes_nothing(tmp_path_factory, content):
     d = tmp_path_factory.getbasetemp()
     for split in ('train', 'test'):
@@ -460,6 +461,18 @@ def test_an_odd_few_shot_list_is_refused_by_name_or_is_one(tmp_path_factory, how
     except ValueError: assume(False)
     found = read_or_refused(lambda: saved_few_shot(path, labels, 2), 'list.json')
     if found is not None: assert np.bincount(np.array(labels)[found]).tolist() == [2, 2] and len(set(found)) == 4 and min(found) >= 0
+
+@given(st.lists(st.one_of(st.integers(-2, 7), st.sampled_from([1.5, math.inf, True, None, '1', 10**400])), max_size=5))
+@example([])
+@example([0, 1])
+@example([0, 1, 3, 3])
+def test_positions_of_any_kind_are_refused_by_name_or_hold_as_many_of_each_class(tmp_path_factory, positions):
+    path, labels = tmp_path_factory.getbasetemp()/'list.json', [0, 0, 0, 1, 1, 1]
+    path.unlink(missing_ok=True)
+    saved_few_shot(path, labels, 2)
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'positions': positions}))
+    found = read_or_refused(lambda: saved_few_shot(path, labels, 2), 'list.json')
+    if found is not None: assert found == positions and np.bincount(np.array(labels)[found]).tolist() == [2, 2] and len(set(found)) == 4 and min(found) >= 0
 
 @given(damage())
 def test_a_damaged_few_shot_list_is_refused_by_name_or_is_one(tmp_path_factory, change):

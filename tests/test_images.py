@@ -169,7 +169,7 @@ def test_one_list_for_every_stage_and_only_for_its_data():
         assert saved_few_shot(path, labels, 4, 1, names) == other   # the file decides
         for args in ((labels, 5, 1, names), (labels, 4, 2, names), (labels[::-1], 4, 1, names), (labels, 4, 1, names[::-1]), (labels[:-1], 4, 1, names[:-1]), (labels, 4, 1)):
             with pytest.raises(ValueError, match='list.json was made for other data'): saved_few_shot(path, *args)
-        for broken in ('', '[1, 2', '{}', '[]', '{"positions": null}', '{"positions": ["x"]}', '{"positions": [0]}'):
+        for broken in ('', '[1, 2', '{}', '[]', '{"positions": null}', '{"positions": ["x"]}', '{"positions": [Infinity]}', '{"positions": [1.5]}', '[' * 10**5, '{"positions": [0]}'):
             path.write_text(broken)
             with pytest.raises(ValueError, match='list.json.*delete it'): saved_few_shot(path, labels, 4, 1, names)
         for wrong in ([*keep[:-1]], [*keep, keep[0]], [*keep[:-1], 99], [-1, *keep[1:]]):
