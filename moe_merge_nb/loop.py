@@ -29,7 +29,8 @@ from .cache import Cache
 from .callbacks import FreezeMostUsed, MergeMostUsed
 from .checkpoint import read_tree, write_tree
 from .devices import peak_memory, shares
-from .evaluate import STRATEGIES, class_embeddings, evaluate
+from .evaluate import STRATEGIES, evaluate
+from .features import class_embeddings
 from .merge import Merge, merge_iterations
 from .results import TABLES, Result, save_result
 from .select import SELECTORS, dataset_features, make_selector

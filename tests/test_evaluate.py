@@ -5,8 +5,8 @@ import numpy as np, pandas as pd, pytest, torch
 from moe_merge_nb.adapt import AdaptedCLIP
 from moe_merge_nb.backbone import load_clip
 from moe_merge_nb.cache import Cache
-from moe_merge_nb.evaluate import Encoder, View, averaged, class_embeddings, evaluate, mtil_metrics, plain_pass, routed
-from moe_merge_nb.experts import read, write
+from moe_merge_nb.evaluate import View, averaged, evaluate, mtil_metrics, plain_pass, routed
+from moe_merge_nb.features import Encoder, class_embeddings
 from moe_merge_nb.select import Latest, Oracle, dataset_features, make_selector
 from moe_merge_nb.tasks import prompts, stack, toy_stream
 
@@ -50,46 +50,6 @@ def test_incomplete_matrices_are_refused():
     with pytest.raises(ValueError, match=r'\(2, 3\)'): mtil_metrics(np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r'\(0, 0\)'): mtil_metrics(np.zeros((0, 0)))
     with pytest.raises(ValueError, match=r'A\[1, 0\] is nan'): mtil_metrics([[1, 2], [np.nan, 3]])
-
-
-def test_class_embeddings_average_unit_features_over_templates():
-    net, tok = toy_model()
-    task = toy_stream(1)[0]
-    a, b = (net.encode_text(tok(prompts(task, t)), 1) for t in task.templates)
-    mean = a/a.norm(dim=1, keepdim=True) + b/b.norm(dim=1, keepdim=True)
-    w = class_embeddings(net, tok, task, 1)
-    torch.testing.assert_close(w, mean/mean.norm(dim=1, keepdim=True))
-    assert not torch.allclose(w, class_embeddings(net, tok, task, -1), atol=1e-2) # whose routers matters
-
-
-def test_encoded_once_while_nothing_changes():
-    net, tok = toy_model()
-    (task,), encoder = toy_stream(1), Encoder(*toy_model(), batch=5)
-    encoder.cache.look(encoder.model)
-    for index in (torch.arange(0, 24, 2), torch.arange(24)):
-        for s in (0, 1): torch.testing.assert_close(encoder.images(task, index, s), net.encode_image(stack(task.test)[0][index], s).detach(), rtol=1e-4, atol=1e-4)
-        assert torch.equal(encoder.classes(task, 1), class_embeddings(net, tok, task, 1)) and torch.equal(encoder.plain(task, index)[1], stack(task.test)[1][index])
-    assert encoder.passes == dict(images=24*3, prompts=6)
-
-
-def test_features_do_not_depend_on_which_images_are_encoded_together():
-    (net, tok), (task,) = toy_model(), toy_stream(1)
-    every = Encoder(net, tok).images(task, torch.arange(24), 0)
-    for n in (1, 2, 3, 5, 9): torch.testing.assert_close(Encoder(net, tok).images(task, torch.arange(n), 0), every[:n], rtol=1e-6, atol=1e-6)
-
-
-def test_text_is_encoded_again_when_an_expert_it_used_has_changed():
-    (net, tok), (task,) = toy_model(), toy_stream(1)
-    encoder, text, probe = Encoder(net, tok), [m for m in net.moes if m.tower == 'text'], []
-    net.encode_text(tok(prompts(task)), 1, probe.append)
-    used, n = probe[1].gates[0] > 0, len(task.classes)*len(task.templates)
-    for e in range(len(used)):
-        encoder.cache.look(net)
-        encoder.classes(task, 1), encoder.passes.clear()
-        write(text[1].experts[e], {name: t + .1 for name, t in read(text[1].experts[e]).items()})
-        encoder.cache.look(net)
-        torch.testing.assert_close(encoder.classes(task, 1), class_embeddings(net, tok, task, 1))
-        assert encoder.passes['prompts'] == n*used[e]
 
 
 def test_plain_logits_are_those_of_clip():
