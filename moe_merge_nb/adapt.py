@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .backbone import towers
-from .encode import Beside, encode_image, encode_text
+from .encode import Beside, encode_image, encode_text, plain_text
 from .moe import MoE, Routing, mixture, once
 from .router import top_k_gates, top_p_gates
 from .tree import encode_prompts
@@ -117,7 +117,7 @@ def encode_text(self:AdaptedCLIP,
 )->Tensor: # (n, d), not normalised
     "Text features; the context is cut to the longest prompt, which changes nothing but the order of summation (3e-6 in fp32)."
     if isinstance(task, Tensor): return by_task(partial(self.encode_text, probe=probe), tokens, task)
-    if task is None: return encode_text(self.clip, tokens, pooled=False)
+    if task is None: return plain_text(self.clip, tokens)
     return encode_text(self.clip, tokens, self.beside('text', task, probe), first=first)
 
 # %% ../nbs/34_adapt.ipynb #d7722bdc

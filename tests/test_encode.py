@@ -7,6 +7,26 @@ from moe_merge_nb.backbone import load_clip, pico, towers
 from moe_merge_nb.encode import *
 
 
+def test_a_frozen_product_is_the_product_in_both_directions():
+    layer, x = torch.nn.Linear(48, 32).requires_grad_(False), torch.randn(3, 5, 48, requires_grad=True)
+    assert by_onednn(x, layer.weight, layer.bias) == hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    for rows in (x, x[:, :1], x.mT.contiguous().mT):
+        found, wanted = (f(rows, layer.weight, layer.bias) for f in (linear, F.linear))
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), x, retain_graph=True)[0] for y in (found, wanted)))
+
+
+def test_what_is_not_frozen_single_precision_takes_the_usual_way():
+    layer, x = torch.nn.Linear(8, 4), torch.randn(2, 8)
+    assert not by_onednn(x, layer.weight, layer.bias)
+    linear(x, layer.weight, layer.bias).sum().backward()
+    assert layer.weight.grad is not None
+    layer.requires_grad_(False)
+    assert not by_onednn(x.double(), layer.double().weight, layer.bias) and not by_onednn(x.to('meta'), layer.float().weight, None)
+    with torch.autocast('cpu', torch.bfloat16): assert linear(x, layer.weight, layer.bias).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False): assert not by_onednn(x, layer.weight, layer.bias)
+
+
 def test_attention_is_multihead_attention_for_all_queries_and_for_some():
     attn = torch.nn.MultiheadAttention(32, 4, batch_first=True).double()
     x, mask = torch.randn(3, 7, 32, dtype=torch.float64), torch.full((7, 7), -torch.inf, dtype=torch.float64).triu(1)
@@ -24,7 +44,6 @@ def test_quick_gelu_is_a_silu():
     x, y = (torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_() for _ in range(2))
     layers.double(), mlp(layers, x).square().sum().backward(), layers(y).square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
-    with torch.no_grad(): assert torch.equal(mlp(layers, x), layers(x))
 
 
 def test_some_tokens_of_a_block_are_those_of_all():
@@ -36,12 +55,14 @@ def test_some_tokens_of_a_block_are_those_of_all():
     torch.testing.assert_close(block(b, x, rows=rows, beside=add), torch.stack([w[r] for w, r in zip(want, rows)]))
 
 
-def test_all_tokens_without_gradient_is_open_clip_bit_for_bit():
+def test_single_precision_differs_from_open_clip_in_its_last_digits_only():
     clip, tokenizer = load_clip('pico', 'random')
     images, tokens = torch.randn(4, 3, 32, 32), tokenizer(['a photo of a fox.', 'a ' * 30])      # the last one fills the context
     with torch.no_grad():
-        assert torch.equal(encode_image(clip, images, pooled=False), clip.encode_image(images))
-        assert torch.equal(encode_text(clip, tokens, pooled=False), clip.encode_text(tokens))
+        assert torch.equal(plain_text(clip, tokens), clip.encode_text(tokens))
+        for pooled in (True, False):
+            torch.testing.assert_close(encode_image(clip, images, pooled=pooled), clip.encode_image(images), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(encode_text(clip, tokens, pooled=pooled), clip.encode_text(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_leaving_out_what_nobody_reads_changes_no_feature():
@@ -75,7 +96,7 @@ def test_what_stands_after_the_end_of_text_is_never_seen():
 def test_gradients_are_those_of_open_clip():
     clip, tokenizer = load_clip('pico', 'random')
     images, tokens = torch.randn(4, 3, 32, 32), tokenizer(['a photo of a fox.', 'two dogs'])
-    clip.requires_grad_(True)
+    clip.requires_grad_(True)                                                   # full fine-tuning
     for ours, theirs in ((lambda: encode_image(clip, images), lambda: clip.encode_image(images)), (lambda: encode_text(clip, tokens), lambda: clip.encode_text(tokens))):
         found = []
         for encode in (ours, theirs):
