@@ -3,7 +3,7 @@
 
 import pytest, torch
 from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.evaluate import class_embeddings
+from moe_merge_nb.features import class_embeddings
 from moe_merge_nb.select import Latest, Oracle, SELECTORS, dataset_features, frozen_features, make_selector, selector_parameters
 from moe_merge_nb.tasks import stack, toy_stream
 
