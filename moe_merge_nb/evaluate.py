@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from .cache import Cache
 from .devices import alone
-from .features import Encoder, class_embeddings
+from .features import Encoder
 
 # %% ../nbs/61_evaluate.ipynb #fd8c57bc
 class Metrics(NamedTuple):
