@@ -6,6 +6,7 @@
 __all__ = ['AdaptedCLIP', 'check_sizes', 'by_task', 'trainable', 'n_adapter_parameters']
 
 # %% ../nbs/34_adapt.ipynb #bb2ef11b
+import math
 from collections.abc import Callable
 from functools import partial
 import torch
@@ -43,14 +44,17 @@ class AdaptedCLIP(nn.Module):
 def check_sizes(n_experts=22, rank=64, top_k=2, scale=0.1, dropout=0.1, shared_init=False, gate='top_k', top_p=0.4, mix=once)->Callable:
     "The gate function of these arguments of `AdaptedCLIP`; ValueError where they are impossible, before anything is built."
     for name, value in dict(n_experts=n_experts, rank=rank, top_k=top_k).items():
-        if not isinstance(value, int): raise ValueError(f'{name} is {value!r}: choose a whole number')
+        if type(value) is not int: raise ValueError(f'{name} is {value!r}: choose a whole number')
+    for name, value in dict(scale=scale, dropout=dropout, top_p=top_p).items():
+        if type(value) not in (int, float) or not math.isfinite(value): raise ValueError(f'{name} is {value!r}: choose a finite number')
+    if type(shared_init) is not bool: raise ValueError(f'shared_init is {shared_init!r}: choose true or false')
     if n_experts < 0: raise ValueError(f'n_experts is {n_experts}: choose 0 (no mixtures) or more')
     if n_experts and rank < 1: raise ValueError(f'rank is {rank}: an expert needs at least 1 neuron')
     if n_experts and not 1 <= top_k <= n_experts: raise ValueError(f'top_k is {top_k}, but there are {n_experts} experts: choose 1 ... {n_experts}')
     if not 0 <= dropout < 1: raise ValueError(f'dropout is {dropout}: choose a probability from 0 to below 1')
     if not 0 <= top_p <= 1: raise ValueError(f'top_p is {top_p}: choose a mass from 0 to 1')
     gates = {'top_k': partial(top_k_gates, k=top_k), 'top_p': partial(top_p_gates, p=top_p)}
-    if not callable(gate) and gate not in gates: raise ValueError(f'gate is {gate!r}: choose one of {list(gates)}, or give a function')
+    if not callable(gate) and gate not in list(gates): raise ValueError(f'gate is {gate!r}: choose one of {list(gates)}, or give a function')
     return gate if callable(gate) else gates[gate]
 
 # %% ../nbs/34_adapt.ipynb #f7068d11

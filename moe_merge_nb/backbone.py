@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import nn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 import open_clip
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -52,8 +53,9 @@ def read_weights(
     model:nn.Module, # receives the weights, in its own precision
     path, # a .safetensors file
 ):
-    "Read weights into `model`, all of them. Raises ValueError naming the file if names or shapes differ."
-    state = {name: w.float() for name, w in load_file(str(path)).items()}
+    "Read weights into `model`, all of them. Raises ValueError naming the file if it is damaged, or names or shapes differ."
+    try: state = {name: w.float() for name, w in load_file(str(path)).items()}
+    except SafetensorError as e: raise ValueError(f'{path} is no intact safetensors file: {e}') from e
     try: model.load_state_dict(state, strict=True)
     except RuntimeError as e: raise ValueError(f'{path} does not hold the weights of this model: {e}') from e
     return model

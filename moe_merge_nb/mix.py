@@ -29,7 +29,7 @@ def selected(
     gates:Tensor, # (batch, experts)
 )->tuple[Tensor, Tensor]: # (batch, k) experts, (batch, k) weights
     "The open gates of each row, best first; short rows are filled with their best expert at weight 0."
-    k = int((gates > 0).sum(-1).max())
+    k = max(1, int((gates > 0).sum(-1).max()))
     weights, order = gates.sort(dim=-1, descending=True, stable=True)
     weights, order = weights[:, :k], order[:, :k]
     return torch.where(weights > 0, order, order[:, :1]), weights
@@ -158,6 +158,7 @@ def mix_selected(
     experts:nn.ModuleList, # of `Expert`
 )->Tensor: # (batch, tokens, width)
     "The mixture in the way that is fast for these shapes."
+    if not len(x): return torch.zeros_like(x)
     r, d = experts[0].down.weight.shape
-    slots = len(x) * int((gates > 0).sum(-1).max())
-    return (mix_segments if 2*r > x.shape[1] and 2*slots*r*d*x.element_size() > GATHER else mix_gathered)(x, gates, experts)
+    n_slots = len(x) * max(1, int((gates > 0).sum(-1).max()))
+    return (mix_segments if 2*r > x.shape[1] and 2*n_slots*r*d*x.element_size() > GATHER else mix_gathered)(x, gates, experts)

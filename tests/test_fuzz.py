@@ -520,7 +520,6 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path_factory, name, change)
     found = read_or_refused(lambda: released.read_checkpoint(d/name), name)
     assert found is None or isinstance(found, dict)
 
-@pytest.mark.xfail(strict=True, raises=SafetensorError, reason='backbone.read_weights lets the error of safetensors through, which does not name the file')
 @given(damage())
 def test_damaged_weights_of_a_backbone_are_refused_by_name(tmp_path_factory, change):
     path, model = tmp_path_factory.getbasetemp()/'weights.safetensors', torch.nn.Linear(3, 2)
@@ -604,7 +603,6 @@ def test_settings_of_training_are_of_their_kind_or_refused_by_name(name, value):
 
 EXPERTS = dict(n_experts=4, rank=2, top_k=2, scale=.1, dropout=.1, shared_init=False, gate='top_k', top_p=.4)
 
-@loose('adapt.check_sizes')
 @given(st.sampled_from(sorted(EXPERTS)), odd)
 @example('scale', math.nan)
 @example('scale', 'abc')
@@ -620,11 +618,11 @@ def test_settings_of_experts_are_of_their_kind_or_refused_by_name(name, value):
     if name == 'shared_init': assert type(value) is bool
     if name == 'gate': assert value in ('top_k', 'top_p')
 
-LOOSE = ['train.iterations=1e400', 'train.lr=nan', 'train.lr=[1,2]', 'train.betas=5', 'experts.scale=abc', 'experts.gate=[1]', 'experts.shared_init=maybe']
-REFUSED = ['train=5', 'merge=5', 'freeze=5', 'freeze.n=-1', 'merge.every=abc', 'merge.align=maybe', 'experts.rank=1.5', 'selectors=5', 'selectors=abc', 'predict=[a]', 'seed=abc', 'seed=1.5', 'seed=-5', 'seed=99999999999999999999', 'seed=nan',
+LOOSE = ['train.iterations=1e400', 'train.lr=nan', 'train.lr=[1,2]', 'train.betas=5']
+REFUSED = ['experts.scale=abc', 'experts.gate=[1]', 'experts.shared_init=maybe', 'train=5', 'merge=5', 'freeze=5', 'freeze.n=-1', 'merge.every=abc', 'merge.align=maybe', 'experts.rank=1.5', 'selectors=5', 'selectors=abc', 'predict=[a]', 'seed=abc', 'seed=1.5', 'seed=-5', 'seed=99999999999999999999', 'seed=nan',
            'threads=0', 'train.nope=3', 'nope=1', 'stream=nope', 'method=nope', 'stream.n_classes=99', 'device=nope']
 
-@pytest.mark.parametrize('override', [*REFUSED, *(pytest.param(o, marks=loose('train.Train and adapt.check_sizes')) for o in LOOSE)])
+@pytest.mark.parametrize('override', [*REFUSED, *(pytest.param(o, marks=loose('train.Train')) for o in LOOSE)])
 def test_an_odd_setting_on_the_command_line_is_refused_and_named(monkeypatch, override):
     def trains(*args): raise AssertionError('it would have been trained')
     monkeypatch.setattr(cli, 'run', trains)

@@ -14,7 +14,7 @@ from moe_merge_nb.experts import make_experts, read, write
 from moe_merge_nb.freeze import freeze_most_used, most_used
 from moe_merge_nb.images import few_shot, saved_few_shot
 from moe_merge_nb.merge import COMBINE, Merge, align, balance, choose, mean, merge_iterations, merge_once
-from moe_merge_nb.mix import mix_gathered, mix_loop, mix_segments, mix_stacked
+from moe_merge_nb.mix import mix_gathered, mix_loop, mix_segments, mix_selected, mix_stacked
 from moe_merge_nb.moe import MoE, Routing, mixture
 from moe_merge_nb.router import top_k_gates, top_p_gates
 from moe_merge_nb.train import batch_indices, lr_factor
@@ -212,12 +212,14 @@ def test_a_sequence_whose_gates_are_nan_comes_out_as_nan_and_the_others_as_they_
         others = [i for i in range(3) if i != row]
         near(y[others], clean[others], rtol=1e-3, atol=small(clean, 1e-5))
 
-@pytest.mark.xfail(strict=True, raises=(RuntimeError, ValueError), reason='mix.selected counts open gates by > 0: where all are NaN, or there is no sequence, nothing is left to stack')
-@pytest.mark.parametrize('mix', FAST)
-@pytest.mark.parametrize('gates', [torch.full((2, 3), math.nan), torch.zeros(2, 3), torch.zeros(0, 3)], ids=['nan', 'closed', 'empty'])
-def test_gates_that_are_all_nan_or_closed_or_of_no_sequence_are_mixed_like_any_others(mix, gates):
-    experts, x = make_experts(3, 4, 2).eval(), randn(2, 5, 4)[:len(gates)]
+@pytest.mark.parametrize('mix', [*FAST, mix_selected])
+@pytest.mark.parametrize('gates', [torch.full((2, 3), math.nan), torch.zeros(2, 3)], ids=['nan', 'closed'])
+def test_gates_that_are_all_nan_or_closed_are_mixed_like_any_others(mix, gates):
+    experts, x = make_experts(3, 4, 2).eval(), randn(2, 5, 4)
     near(mix(x, gates, experts), mix_loop(x, gates, experts), equal_nan=True)
+
+def test_no_sequence_is_no_output():
+    assert mix_selected(randn(0, 5, 4), torch.zeros(0, 3), make_experts(3, 4, 2)).shape == (0, 5, 4)
 
 # ---- usage
 
