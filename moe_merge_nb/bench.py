@@ -240,7 +240,7 @@ FULL = dict(models=['pico', 'ViT-B-16-quickgelu'], classes=[10, 47, 102], rounds
 def parser()->argparse.ArgumentParser:
     "The arguments of `moe-merge-bench`."
     p = argparse.ArgumentParser('moe-merge-bench', description='Ours beside the plain formulation and the bare towers: agreement, then ratios of time and memory.')
-    p.add_argument('--quick', action='store_true', help='pico only: about half a minute; without it the shapes of ViT-B/16 as well: about 25 minutes on one thread')
+    p.add_argument('--quick', action='store_true', help='pico only: about half a minute; without it the shapes of ViT-B/16 as well: about 15 minutes on one thread that nobody else uses')
     p.add_argument('--model', action='append', help="'pico' or a transformer of open_clip (random weights); may be repeated")
     p.add_argument('--classes', type=int, action='append', help='number of prompts (10, 47, 102); may be repeated')
     p.add_argument('--experts', type=int, action='append', help='experts of one block (2, 8, 22, 64, 256); may be repeated')
