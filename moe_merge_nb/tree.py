@@ -31,11 +31,10 @@ def tree(
         p = -1
         for t, token in enumerate(prompt[:end + 1]): p, _ = nodes.setdefault((p, token), (len(nodes), t))
         ends.append(p)
+    (parent, token), (_, depth) = torch.tensor(list(nodes)).T, torch.tensor(list(nodes.values())).T
     sees = torch.eye(len(nodes), dtype=torch.bool)
-    for i, (p, _) in enumerate(nodes):
-        if p >= 0: sees[i] |= sees[p]
-    to = dict(device=tokens.device)
-    return Tree(torch.tensor([token for _, token in nodes], **to), torch.tensor([t for _, t in nodes.values()], **to), sees.to(**to), torch.tensor(ends, **to))
+    for t in range(1, int(depth.max()) + 1): sees[depth == t] |= sees[parent[depth == t]]
+    return Tree(*(x.to(tokens.device) for x in (token, depth, sees, torch.tensor(ends))))
 
 # %% ../nbs/25_tree.ipynb #421d2856
 def parts(
