@@ -90,7 +90,7 @@ def merged(a:Rows, b:Rows)->Rows:
 class Cache:
     "Features of test images and prompts, each kept until something it depends on changes."
     def __init__(self,
-        mb:float=1024, # memory, in MB of 10^6 bytes; 0: nothing is kept
+        mb:float=2048, # memory, in MB of 10^6 bytes; 0: nothing is kept
     ):
         if not mb >= 0: raise ValueError(f'cache_mb is {mb}: choose 0 (nothing is kept) or more')
         self.limit, self.rows, self.seen, self.round = mb * 1e6, {}, None, 0
@@ -112,7 +112,8 @@ def still(key:tuple, r:Rows, a:Versions, b:Versions)->Rows:
     if s < 0: return r
     if a.routers[tower][s:s+1] != b.routers[tower][s:s+1]: return r[:0]
     changed = torch.tensor([x != y for x, y in zip(a.experts[tower], b.experts[tower])], dtype=torch.bool)
-    return r[~(r.uses & changed).any(1)]
+    stale = (r.uses & changed).any(1)                                       # (n,)
+    return r[~stale] if stale.any() else r
 
 # %% ../nbs/58_cache.ipynb #cd8d6d29
 @patch
