@@ -56,6 +56,8 @@ class MergeMostUsed(Callback):
 
     def state(self)->dict: return dict(protected=[[tower, block, sorted(experts)] for (tower, block), experts in self.protected.items()])
     def restore(self, state:dict): self.protected = {(tower, block): set(experts) for tower, block, experts in state['protected']}
+    def midway(self)->dict: return dict(before=[[tower, block, counts] for (tower, block), counts in self.before.items()])
+    def resume(self, learner:Learner, midway:dict): self.before = {(tower, block): counts for tower, block, counts in midway['before']}
 
 # %% ../nbs/51_callbacks.ipynb #e2fd05cd
 @torch.no_grad()

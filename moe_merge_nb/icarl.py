@@ -12,6 +12,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from .checkpoint import fill
 from .devices import shares
 from .lwf import distil, features, frozen_copy
 from .tasks import Task, prompts
@@ -88,6 +89,10 @@ class ICaRL(Callback):
             raise ValueError(f'icarl.memory_size is {self.memory_size} for the {classes} classes up to task {learner.task.name!r}: choose at least {classes}')
         vars(self)['_memory'] = shrunk(self.memory, m) + [exemplars(learner.model.clip, learner.task, m)]
         for name in ('teacher', 'tokens', 'known'): vars(self).pop(name, None)
+
+    def midway(self)->dict: return dict(teacher=self.teacher.state_dict()) if self.memory else {}
+    def resume(self, learner:Learner, midway:dict):
+        if self.memory: fill(self.teacher, midway['teacher'], 'the teacher of this checkpoint')
 
 # %% ../nbs/56_icarl.ipynb #2c8c1960
 from fastcore.basics import patch

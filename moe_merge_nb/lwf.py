@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
+from .checkpoint import fill
 from .encode import encode_text
 from .tasks import prompts
 from .train import Callback, Learner, autocast, class_logits
@@ -68,3 +69,8 @@ class LwF(Callback):
 
     def after_task(self, learner:Learner):
         for name in ('teacher', 'w'): vars(self).pop(name)
+
+    def midway(self)->dict: return dict(teacher=self.teacher.state_dict(), w=self.w)
+    def resume(self, learner:Learner, midway:dict):
+        fill(self.teacher, midway['teacher'], 'the teacher of this checkpoint')
+        vars(self)['w'] = None if midway['w'] is None else midway['w'].to(learner.tokens.device)

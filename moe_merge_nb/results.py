@@ -7,13 +7,14 @@ __all__ = ['TABLES', 'NUMBERS', 'PAIR', 'RUN', 'KINDS', 'Result', 'example_resul
            'accuracy_matrix', 'field_of', 'summary', 'pack', 'unpack', 'load_results']
 
 # %% ../nbs/70_results.ipynb #09ceafb4
-import gzip, io, json, os
+import gzip, io, json
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from safetensors.torch import load_file, save_file
 from .evaluate import mtil_metrics
+from .files import replacing
 
 # %% ../nbs/70_results.ipynb #484227ae
 TABLES = {'matrix': ['selector', 'after', 'task', 'accuracy'], # accuracy in %
@@ -84,9 +85,7 @@ def example_result(method='moe_merge', # 'moe' | 'moe_merge'; any other name mak
 
 # %% ../nbs/70_results.ipynb #73868b2e
 def _write(path, write):
-    part = path.with_name(f'.{path.name}.part')
-    write(part)
-    os.replace(part, path)
+    with replacing(path) as part: write(part)
 
 def _dump(value): return json.dumps(value, indent=1, default=lambda x: x.item() if hasattr(x, 'item') else str(x))
 

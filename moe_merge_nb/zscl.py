@@ -123,6 +123,10 @@ class ZSCL(Callback):
             for m, p in zip(self.mean, learner.model.clip.parameters()): p.copy_(m)
         for name in ('start', 'mean', 'count'): vars(self).pop(name)
 
+    def midway(self)->dict: return dict(start=self.start, mean=self.mean, count=self.count)
+    def resume(self, learner:Learner, midway:dict):
+        vars(self).update(count=midway['count'], **{name: [w.to(learner.tokens.device) for w in midway[name]] for name in ('start', 'mean')})
+
 # %% ../nbs/55_zscl.ipynb #c9cded52
 from fastcore.basics import patch
 

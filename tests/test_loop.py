@@ -10,32 +10,10 @@ from moe_merge_nb.train import *
 from moe_merge_nb.evaluate import *
 from moe_merge_nb.results import *
 from moe_merge_nb.callbacks import *
+from moe_merge_nb.method import *
+from moe_merge_nb.guard import *
+from moe_merge_nb.state import *
 from moe_merge_nb.loop import *
-
-
-def test_a_method_refuses_what_cannot_be():
-    with pytest.raises(ValueError, match='rank is 0'): Method('m', experts=dict(rank=0))
-    with pytest.raises(ValueError, match='top_k is 3, but there are 2 experts'): Method('m', experts=dict(n_experts=2, top_k=3))
-    with pytest.raises(ValueError, match='tune is'): Method('m', tune='backbone')
-    with pytest.raises(ValueError, match='selector'): Method('m', selectors=('psychic',))
-    with pytest.raises(ValueError, match="a baseline is built on full fine-tuning"): Method('m', baseline=Callback())
-    with pytest.raises(ValueError, match="a head looks at the frozen model"): Method('m', head=object())
-    with pytest.raises(TypeError, match='experts_'): Method('m', experts=dict(experts_=2))
-
-
-def test_a_merge_that_would_never_happen_is_refused():
-    with pytest.raises(ValueError, match='merge.every is 10'): Method('m', train=Train(iterations=12, warmup=1), merge=Merge(every=10))
-
-
-def test_what_could_not_be_learned_is_refused_before_training():
-    from types import SimpleNamespace
-    from moe_merge_nb.config import METHODS
-    with pytest.raises(ValueError, match="task 'squares' has 3 training images"): check(METHODS['moe'], toy_stream(2, n_train=3))
-    with pytest.raises(ValueError, match='icarl.memory_size is 5'): check(replace(METHODS['icarl'], baseline=replace(METHODS['icarl'].baseline, memory_size=5)), toy_stream(2))
-    with pytest.raises(ValueError, match='zscl.every is 15'): check(replace(METHODS['zscl'], train=Train(iterations=10, warmup=1)), toy_stream(2))
-    with pytest.raises(ValueError, match='96 images.*limit is 50'): check(replace(METHODS['rail_kernel'], head=replace(METHODS['rail_kernel'].head, most=50)), toy_stream(2))
-    with pytest.raises(ValueError, match='train.batch is 32 for 3 processes'): check(METHODS['moe'], toy_stream(2), SimpleNamespace(num_processes=3, process_index=0))
-    for m in METHODS.values(): check(m, toy_stream(2))
 
 
 backbone = load_clip('pico', 'random')
@@ -79,35 +57,178 @@ def test_a_run_is_saved_after_every_task_and_reads_back():
     assert (accuracy_matrix(back, 'oracle') == accuracy_matrix(r, 'oracle')).all() and back.adapters.keys() == r.adapters.keys()
 
 
+from pathlib import Path
+class PullThePlug(Callback):
+    "Interrupts the run in its second task, once."
+    def __init__(self, flag, act): self.flag, self.act = Path(flag), act
+    def loss(self, learner, images, labels):
+        if learner.index == 1 and learner.iteration == 6 and not self.flag.exists(): self.flag.touch(); self.act()
+def same(a, b):
+    "Are the two results equal, bit for bit?"
+    for name in ('matrix', 'selection', 'usage', 'fixed'): assert getattr(a, name).astype(str).equals(getattr(b, name).astype(str)), name
+    assert a.events == b.events and all(torch.equal(t, b.adapters[k]) for k, t in (a.adapters or {}).items())
+def plugged(flag, act):
+    "Methods whose callbacks are joined by one that pulls the plug."
+    from unittest.mock import patch
+    from moe_merge_nb import state
+    real = state.callbacks
+    return patch.object(state, 'callbacks', lambda method: [*real(method), PullThePlug(flag, act)])
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped():
+    import os, signal, tempfile
+    from moe_merge_nb.checkpoint import read_tree
+    method = small(merge=Merge(every=4, protect=True), selectors=('oracle', 'gaussian', 'autoencoder', 'text'))
+    straight = run(toy_stream(3), method, 0, backbone, progress=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', lambda: os.kill(os.getpid(), number)):
+            with pytest.raises(Stopped, match='stopped in task 2 of 3; the same command goes on from') as e: run(toy_stream(3), method, 0, backbone, directory=f'{d}/run', progress=False)
+            assert e.value.number == number and signal.getsignal(number) is not None
+            assert read_tree(f'{d}/run/checkpoint.safetensors')['midway']['task']['iteration'] == 7              # after the iteration in hand
+            resumed = run(toy_stream(3), method, 0, backbone, directory=f'{d}/run', progress=False)
+            assert not list(Path(d, 'run').glob('checkpoint*')) and load_result(f'{d}/run').timings == resumed.timings
+        same(resumed, straight)
+
+
+def test_every_method_goes_on_in_the_middle_of_a_task():
+    import tempfile
+    from moe_merge_nb.config import METHODS
+    def pull(): raise MemoryError
+    for m in METHODS.values():
+        if m.tune == 'nothing' or m.name in ('adapter', 'moe'): continue
+        short = replace(m, train=replace(m.train, iterations=8, warmup=1, batch=4), experts=m.experts and {**m.experts, 'n_experts': 4, 'rank': 2}, merge=m.merge and Merge(every=2), selectors=m.selectors[:1])
+        if m.name == 'zscl': short = replace(short, baseline=replace(m.baseline, every=3, l2=.1, n=64, batch=8))
+        straight = run(toy_stream(2), short, 0, backbone, progress=False)
+        with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
+            with pytest.raises(MemoryError): run(toy_stream(2), short, 0, backbone, directory=f'{d}/run', progress=False, save_every=5)
+            from moe_merge_nb.checkpoint import read_tree
+            assert read_tree(f'{d}/run/checkpoint.safetensors')['midway']['task']['iteration'] == 5, m.name
+            same(run(toy_stream(2), short, 0, backbone, directory=f'{d}/run', progress=False), straight)
+
+
+def test_asked_to_end_in_evaluation_a_run_ends_at_once_and_does_not_train_again():
+    import os, signal, tempfile
+    from unittest.mock import patch
+    from moe_merge_nb import loop
+    straight = run(toy_stream(2), small(), 0, backbone, progress=False)
+    def interrupted(*args, **kw): os.kill(os.getpid(), signal.SIGTERM); assert False, 'it went on'
+    def trained(*args, **kw): assert False, 'it was trained again'
+    with tempfile.TemporaryDirectory() as d:
+        with patch.object(loop, 'evaluate', interrupted), pytest.raises(Stopped): run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        with patch.object(loop, 'train_task', trained), patch.object(loop, 'evaluate', interrupted), pytest.raises(Stopped): run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        same(run(toy_stream(2), small(), 0, backbone, directory=d, progress=False), straight)
+
+
+def test_a_finished_run_is_read_and_not_done_again():
+    import tempfile
+    from unittest.mock import patch
+    from moe_merge_nb import loop
+    with tempfile.TemporaryDirectory() as d:
+        a = run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        with patch.object(loop, 'start', lambda *args: 1/0): b = run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        same(b, a)
+        assert b.config['seconds'] == a.config['seconds'] > 0
+        with pytest.raises(NotThisRun, match='holds a run with another seed .0, not 1.'): run(toy_stream(2), small(), 1, backbone, directory=d, progress=False)
+
+
+def test_a_checkpoint_of_other_settings_is_not_continued_and_not_lost():
+    import tempfile
+    from moe_merge_nb.checkpoint import read_newest, write_newest
+    with tempfile.TemporaryDirectory() as d:
+        write_newest(dict(version=1, plan=dict(seed=7), done=1), f'{d}/checkpoint.safetensors')
+        with pytest.raises(NotThisRun, match='another'): run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        assert read_newest(f'{d}/checkpoint.safetensors')['done'] == 1
+
+
+def test_a_damaged_checkpoint_costs_some_iterations_and_nothing_else():
+    import tempfile
+    straight = run(toy_stream(2), small(), 0, backbone, progress=False)
+    def pull(): raise MemoryError
+    for ruin in (lambda b: b[:-9], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]):
+        with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
+            with pytest.raises(MemoryError): run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False, save_every=2)
+            path = Path(d, 'run', 'checkpoint.safetensors')
+            path.write_bytes(ruin(path.read_bytes()))
+            with pytest.warns(UserWarning, match='checkpoint.safetensors is no checkpoint, or damaged.*checkpoint.before.safetensors'): same(run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False), straight)
+
+
+def test_the_disk_is_full_in_the_middle_and_the_run_goes_on_later():
+    import errno, os, tempfile
+    from unittest.mock import patch
+    straight, real = run(toy_stream(2), small(), 0, backbone, progress=False), os.fsync
+    for after in (4, 9, 16):                                                       # bytes come to an end in the first task, in the second, in the tables
+        left = [after]
+        def fsync(fd):
+            left[0] -= 1
+            if left[0] < 0: raise OSError(errno.ENOSPC, 'No space left on device')
+            real(fd)
+        with tempfile.TemporaryDirectory() as d:
+            with patch('moe_merge_nb.files.os.fsync', fsync), pytest.raises(OSError, match='No space left on device.*the same command goes on') as e: run(toy_stream(2), small(), 0, backbone, directory=d, progress=False, save_every=3)
+            assert d in str(e.value)
+            same(run(toy_stream(2), small(), 0, backbone, directory=d, progress=False), straight)
+
+
+def test_a_directory_that_cannot_be_written_to_is_found_out_before_training():
+    import errno, tempfile
+    from unittest.mock import patch
+    from moe_merge_nb import loop
+    with tempfile.TemporaryDirectory() as d, patch('moe_merge_nb.files.os.replace', side_effect=PermissionError(errno.EACCES, 'Permission denied')), patch.object(loop, 'start', lambda *args: 1/0):
+        with pytest.raises(PermissionError, match=d): run(toy_stream(1), small(), 0, backbone, directory=d, progress=False)
+
+
+def test_a_run_directory_that_vanishes_is_made_again():
+    import shutil, tempfile
+    with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', lambda: shutil.rmtree(f'{d}/run')):
+        same(run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False, save_every=2), run(toy_stream(2), small(), 0, backbone, progress=False))
+        assert load_result(f'{d}/run').matrix.after.nunique() == 2
+
+
+def test_two_runs_do_not_share_a_directory():
+    import tempfile
+    from filelock import FileLock
+    with tempfile.TemporaryDirectory() as d, FileLock(f'{d}/.lock'):
+        with pytest.raises(InUse, match='is in use by another process'): run(toy_stream(1), small(), 0, backbone, directory=d, progress=False)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_state_before_it():
+    import tempfile
+    from unittest.mock import patch
+    from moe_merge_nb import state
+    from moe_merge_nb.checkpoint import read_tree
+    class Explode(Callback):
+        def __init__(self, value): self.value = value
+        def loss(self, learner, images, labels): return torch.tensor(self.value if (learner.index, learner.iteration) == (1, 5) else 0.)
+    def exploding(value):
+        real = state.callbacks
+        return patch.object(state, 'callbacks', lambda method: [*real(method), Explode(value)])
+    with tempfile.TemporaryDirectory() as d:
+        with exploding(float('nan')), pytest.raises(FloatingPointError, match="the loss is nan in iteration 6 of task 'circles', at learning rate"): run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        assert read_tree(f'{d}/checkpoint.safetensors')['midway']['task']['iteration'] == 5
+        with exploding(0.): same(run(toy_stream(2), small(), 0, backbone, directory=d, progress=False), run(toy_stream(2), small(), 0, backbone, progress=False))
+
+
+def test_a_callback_of_ones_own_is_continued_from_the_beginning_of_its_task():
     import tempfile
     from dataclasses import dataclass
-    from pathlib import Path
     @dataclass(frozen=True)
-    class PullThePlug(FreezeMostUsed):
-        "Interrupts the run in its third task, once."
-        flag:str=''
-        def after_step(self, learner):
-            if learner.index == 2 and learner.iteration == 3 and not Path(self.flag).exists(): Path(self.flag).touch(); raise KeyboardInterrupt
-    with tempfile.TemporaryDirectory() as d:
-        method = small(merge=Merge(every=4, protect=True), freeze=PullThePlug(flag=f'{d}/flag'), selectors=('oracle', 'gaussian', 'autoencoder', 'text'))
-        with pytest.raises(KeyboardInterrupt): run(toy_stream(4), method, 0, backbone, directory=f'{d}/run', progress=False)
-        assert load_result(f'{d}/run').matrix.after.nunique() == 2
-        resumed = run(toy_stream(4), method, 0, backbone, directory=f'{d}/run', progress=False)
-        straight = run(toy_stream(4), method, 0, backbone, progress=False)
-        assert not Path(f'{d}/run/checkpoint.safetensors').exists()
-        assert 'train' in resumed.timings['squares'] and resumed.timings['squares'] == load_result(f'{d}/run').timings['squares']
-    for name in ('matrix', 'selection', 'usage', 'fixed'): assert getattr(resumed, name).astype(str).equals(getattr(straight, name).astype(str)), name
-    assert resumed.events == straight.events and all(torch.equal(t, straight.adapters[k]) for k, t in resumed.adapters.items())
+    class Watches(FreezeMostUsed):
+        def after_step(self, learner): pass
+    method = small(freeze=Watches())
+    def pull(): raise MemoryError
+    with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
+        with pytest.warns(UserWarning, match=".'Watches'. cannot be continued in the middle of a task"), pytest.raises(MemoryError): run(toy_stream(2), method, 0, backbone, directory=f'{d}/run', progress=False, save_every=3)
+        same(run(toy_stream(2), method, 0, backbone, directory=f'{d}/run', progress=False), run(toy_stream(2), method, 0, backbone, progress=False))
 
 
-def test_a_checkpoint_of_other_settings_is_not_continued():
+def test_another_program_that_goes_on_is_told_so():
     import tempfile
-    from moe_merge_nb.checkpoint import write_tree
-    with tempfile.TemporaryDirectory() as d:
-        write_tree(dict(plan=dict(seed=7), done=1), f'{d}/checkpoint.safetensors')
-        r = run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
-    assert r.matrix.after.nunique() == 2
+    from unittest.mock import patch
+    from moe_merge_nb import loop
+    def pull(): raise MemoryError
+    with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
+        with pytest.raises(MemoryError): run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False)
+        real = loop.provenance
+        with patch.object(loop, 'provenance', lambda device: {**real(device), 'torch': '9.9'}), pytest.warns(UserWarning, match='another program or machine .torch .* -> 9.9'): run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False)
 
 
 SCRIPT = """
@@ -115,7 +236,8 @@ import sys
 from accelerate import Accelerator
 from moe_merge_nb.backbone import load_clip
 from moe_merge_nb.checkpoint import write_tree
-from moe_merge_nb.loop import Method, run
+from moe_merge_nb.loop import run
+from moe_merge_nb.method import Method
 from moe_merge_nb.merge import Merge
 from moe_merge_nb.tasks import toy_stream
 from moe_merge_nb.train import Train

@@ -28,12 +28,6 @@ def test_the_schedule_rises_to_one_and_falls_to_zero():
     assert [lr_factor(i, 3, 3) for i in range(4)] == [1/3, 2/3, 1, 1]                      # nothing but warm-up is allowed
 
 
-def test_every_image_is_seen_once_per_pass():
-    order = sum(batch_indices(10, 4, 5, seed=1), [])
-    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
-    assert batch_indices(10, 4, 5, 1) == batch_indices(10, 4, 5, 1) != batch_indices(10, 4, 5, 2)
-
-
 quick = Train(iterations=12, batch=8, lr=1e-2, warmup=2)
 def small_model():
     "A small adapted random pico and its tokenizer."
@@ -107,3 +101,59 @@ def test_a_callback_can_add_to_the_loss():
         train_task(model, toy_stream()[0], 0, tokenizer, quick, callbacks=callbacks)
         return float(sum(e.up.weight.square().sum() for m in model.moes for e in m.experts))
     assert size([Shrink()]) < .9 * size([])
+
+
+def test_a_task_goes_on_from_any_iteration_bit_for_bit():
+    import tempfile
+    from moe_merge_nb.checkpoint import read_tree, write_tree
+    class Keep(Callback):
+        def __init__(self, path): self.path = path
+        def after_step(self, learner): write_tree(dict(midway=midway(learner, []), weights=dict(learner.model.moes.state_dict())), f'{self.path}/{learner.iteration}')
+    for more in (dict(), dict(workers=1), dict(precision='bf16')):
+        settings = Train(**{**vars(quick), 'iterations': 6, **more})
+        with tempfile.TemporaryDirectory() as d:
+            model, tokenizer = small_model()
+            straight = train_task(model, toy_stream()[0], 0, tokenizer, settings, callbacks=[Keep(d)], seed=3)
+            for i in (1, 4):
+                saved = read_tree(f'{d}/{i}')
+                again, _ = small_model()
+                again.moes.load_state_dict(saved['weights'])
+                torch.rand(i)                           # the caller's random state must not matter
+                learner = train_task(again, toy_stream()[0], 0, tokenizer, settings, seed=3, saved=saved['midway'])
+                assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters())), (more, i)
+                assert all(torch.equal(c, learner.usage.counts[key]) for key, c in straight.usage.counts.items()) and learner.iteration == 6
+
+
+def test_a_callback_that_does_not_say_what_it_keeps_is_not_continued_midway():
+    class Adds(Callback):
+        def loss(self, learner, images, labels): return None
+    class Counts(Callback):
+        def after_step(self, learner): self.n = learner.iteration
+    class Says(Counts):
+        def midway(self): return dict(n=self.n)
+        def resume(self, learner, midway): self.n = midway['n']
+    model, tokenizer = small_model()
+    says = Says()
+    learner = train_task(model, toy_stream()[0], 0, tokenizer, Train(iterations=2, batch=4, warmup=1), callbacks=[says])
+    assert midway(learner, [Adds(), says])['callbacks'] == [{}, dict(n=2)] and midway(learner, [Adds(), Counts()]) is None
+
+
+def test_a_loss_that_is_no_number_stops_the_task_before_the_step():
+    class Explode(Callback):
+        def __init__(self, value): self.value = value
+        def loss(self, learner, images, labels): return torch.tensor(self.value if learner.iteration == 3 else 0.)
+    class Watch(Callback):
+        def after_step(self, learner): self.kept = midway(learner, []), [p.clone() for p in learner.model.parameters()]
+        def before_failure(self, learner): self.last = midway(learner, [])
+    def same(a, b):
+        if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    for value in (float('nan'), float('inf')):
+        model, tokenizer = small_model()
+        watch = Watch()
+        with pytest.raises(FloatingPointError, match=f"the loss is {value} in iteration 4 of task 'squares', at learning rate 0.00[0-9]*, for the images .[0-9, ]*. of its training set") as e:
+            train_task(model, toy_stream()[0], 0, tokenizer, quick, callbacks=[Explode(value), watch])
+        from moe_merge_nb.batches import batch_indices
+        assert str(batch_indices(48, 8, 12, 0)[3]) in str(e.value)
+        assert same(watch.kept[0], watch.last) and all(torch.equal(p, q) for p, q in zip(model.parameters(), watch.kept[1]))
