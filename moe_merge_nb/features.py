@@ -81,6 +81,7 @@ def images(self:Encoder, task,
         return (z,), used
     return self.cache.get('image', task.test, s, index, compute)[0].to(device)
 
+# %% ../nbs/65_features.ipynb #69ce2b4c
 @patch
 def plain(self:Encoder, task, index)->tuple[torch.Tensor, torch.Tensor]: # (n, F), (n,)
     "Features of some test images by the frozen CLIP, for selectors, and labels"
