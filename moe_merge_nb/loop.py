@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from .accept import Fitted
 from .backbone import load_clip
-from .cache import Cache
+from .cache import Cache, digest
 from .devices import alone, peak_memory
 from .evaluate import STRATEGIES, evaluate
 from .features import class_embeddings
@@ -169,8 +169,9 @@ def run(
     check_images(stream, clip)
     check(method, stream, accelerator)
     cache = Cache(0 if method.tune == 'backbone' else cache_mb)             # where the backbone changes, nothing stays true
-    plan = json.loads(json.dumps({**describe(stream, method, seed), **(config or {})}, default=str))
-    made = {**describe(stream, method, seed), **provenance(accelerator.device), 'config_hash': config_hash(plan), **(config or {}), 'processes': accelerator.num_processes}
+    what = {**describe(stream, method, seed), 'backbone_sha256': digest(*clip.state_dict().values()).hex()[:16], **(config or {})}
+    plan = json.loads(json.dumps(what, default=str))
+    made = {**what, **provenance(accelerator.device), **(config or {}), 'config_hash': config_hash(plan), 'processes': accelerator.num_processes}
     clip = copy.deepcopy(clip).to(accelerator.device) if accelerator.device.type != 'cpu' else clip
     with locked(directory) if directory and accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()

@@ -178,4 +178,4 @@ def toy_stream(
     for name, n, limit in (('n_tasks', n_tasks, len(_SHAPES)), ('n_classes', n_classes, len(_COLOURS))):
         if not 1 <= n <= limit: raise ValueError(f'{name} is {n}; toy_stream can draw 1 to {limit}')
     classes = list(_COLOURS)[:n_classes]
-    return Stream('toy', tuple(_toy_task(s, classes, n_train, n_test, seed) for s in list(_SHAPES)[:n_tasks]), dict(data_seed=seed))
+    return Stream('toy', tuple(_toy_task(s, classes, n_train, n_test, seed) for s in list(_SHAPES)[:n_tasks]), dict(data_seed=seed, n_tasks=n_tasks, n_classes=n_classes, n_train=n_train, n_test=n_test))

@@ -1,5 +1,5 @@
 "The commands as a user types them, in processes of their own."
-import json, subprocess, sys
+import json, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 
@@ -26,3 +26,13 @@ def test_bad_settings_end_with_one_message_and_leave_nothing(tmp_path, bad, says
     done = command('moe-merge', *TINY, bad, cwd=tmp_path)
     assert done.returncode != 0 and says in done.stderr and 'Traceback' not in done.stderr
     assert not list(tmp_path.rglob('config.json'))
+
+def test_sigterm_ends_a_run_with_143_and_the_same_command_goes_on(tmp_path):
+    long = [*TINY, 'train.iterations=400', 'save_every=1', 'hydra.run.dir=run']
+    child = subprocess.Popen([str(Path(sys.executable).with_name('moe-merge')), *long], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path/'run'/'checkpoint.safetensors').is_file() and child.poll() is None: time.sleep(.05)
+    child.send_signal(signal.SIGTERM)
+    said = child.communicate(timeout=120)[1]
+    assert child.returncode == 143 and 'the same command goes on from' in said and 'Traceback' not in said
+    assert command('moe-merge', *long, cwd=tmp_path).returncode == 0
+    assert len((tmp_path/'run'/'matrix.csv').read_text().splitlines()) == 1 + 2 * 2 * 4 and not list((tmp_path/'run').glob('checkpoint*'))
