@@ -11,6 +11,7 @@ __all__ = ['NOT_IN_NAMES', 'HYDRA', 'GIVEN', 'method_options', 'setting', 'strea
 import hashlib
 import json
 import os
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -27,9 +28,12 @@ from omegaconf.errors import MissingMandatoryValue
 from .adapt import n_adapter_parameters
 from .backbone import load_clip, towers
 from .config import EXPERIMENTS, METHODS, MODELS, PROTOCOL_OF, STREAMS, method
-from .loop import Method, check, check_images, describe, run
-from .results import Result, load_result, summary
+from .guard import InUse
+from .loop import run
+from .method import Method, check, check_images, describe
+from .results import Result, summary
 from .select import selector_parameters
+from .state import NotThisRun, complete
 from .tasks import Stream
 from .train import Train
 
@@ -58,7 +62,7 @@ def experiment_options(name:str, grid:dict)->dict:
     return dict(defaults=['_self_', {'override /hydra/launcher': 'joblib'}],
                 hydra=dict(sweep=dict(dir=f'runs/{name}', subdir='${name}-seed${seed}'), sweeper=dict(params=params)))
 
-NOT_IN_NAMES = ['root', 'device', 'track', 'threads', 'lists']                         # where files are and what runs: not part of a run directory's name
+NOT_IN_NAMES = ['root', 'device', 'track', 'threads', 'lists', 'cache_mb', 'save_every']                         # where files are and what runs: not part of a run directory's name
 HYDRA = HydraConf(
     job=JobConf(name='moe-merge', chdir=False, config=JobConf.JobConfig(override_dirname=JobConf.JobConfig.OverrideDirname(exclude_keys=NOT_IN_NAMES))), output_subdir=None,
     run=RunDir(dir='runs/${name}/${short:${hydra.job.override_dirname}}'), sweep=SweepDir(dir='runs/sweep-${now:%Y-%m-%d-%H-%M-%S}', subdir='${short:${hydra.job.override_dirname}}'),
@@ -88,7 +92,7 @@ def configure()->None:
     store('config', HYDRA, 'hydra')
     quiet = [{f'override hydra/{log}': 'none'} for log in ('job_logging', 'hydra_logging')]
     choices = [{'stream': 'mini'}, {'model': 'pico'}, {'method': 'moe_merge'}, {'experiment': None}]
-    store('moe_merge', dict(defaults=['_self_', *choices, *quiet], seed=0, threads=1, device='auto', track=None))
+    store('moe_merge', dict(defaults=['_self_', *choices, *quiet], seed=0, threads=1, device='auto', track=None, cache_mb=1024, save_every=100))
 
 # %% ../nbs/81_cli.ipynb #4510e301
 def composed(*overrides:str)->DictConfig: # every setting
@@ -131,6 +135,8 @@ def job(cfg:DictConfig, directory:str|None=None, progress:bool|dict=True)->Resul
     "Run what `cfg` describes, saved in `directory`; a run that is finished there is returned as it is, one that was interrupted goes on, another one is not overwritten."
     for name, least in (('seed', 0), ('threads', 1)):
         if type(cfg[name]) is not int or not least <= cfg[name] < 2**40: raise UsageError(f'{name} is {cfg[name]!r}: choose a whole number from {least} up')
+    if type(cfg.cache_mb) not in (int, float) or not cfg.cache_mb >= 0: raise UsageError(f'cache_mb is {cfg.cache_mb!r}: choose 0 (nothing is kept) or more')
+    if cfg.save_every is not None and (type(cfg.save_every) is not int or cfg.save_every < 1): raise UsageError(f'save_every is {cfg.save_every!r}: choose 1 or more iterations, or null for between tasks only')
     method, stream = method_of(cfg), made(cfg.stream)
     model = OmegaConf.to_container(cfg.model, resolve=True)
     config = dict(model=model['name'], pretrained=model['pretrained'])
@@ -144,7 +150,8 @@ def job(cfg:DictConfig, directory:str|None=None, progress:bool|dict=True)->Resul
     except ValueError as e: raise UsageError(str(e)) from None
     if progress is True: devices.print('parameters:', ', '.join(f'{k} {n:,}' for k, n in parameters(method, backbone[0], stream).items()) or 'none are trained')
     if cfg.track: devices.init_trackers('moe_merge')
-    try: return run(stream, method, cfg.seed, backbone, directory, config, progress, devices)
+    try: return run(stream, method, cfg.seed, backbone, directory, config, progress, devices, cfg.cache_mb, cfg.save_every)
+    except (NotThisRun, InUse, FloatingPointError, OSError) as e: raise UsageError(str(e)) from e
     finally:
         if cfg.track: devices.end_training()
 
@@ -159,12 +166,8 @@ def accelerator(device:str, track:str|None, directory:str|None)->Accelerator:
 # %% ../nbs/81_cli.ipynb #1bc2cb3e
 def saved(directory:str, config:dict)->Result|None:
     "The finished run of exactly this configuration in `directory`, if there is one; UsageError if another run is there."
-    if not (Path(directory)/'config.json').exists(): return None
-    found, plan = load_result(directory), json.loads(json.dumps(config, default=str))
-    other = [k for k, v in plan.items() if found.config.get(k) != v]
-    if other: raise UsageError(f'{os.path.relpath(directory)} holds a run with another {other[0]} ({found.config.get(other[0])!r}, not {plan[other[0]]!r}): remove it, or choose another folder with hydra.run.dir=FOLDER (in a sweep: hydra.sweep.dir=FOLDER)')
-    complete = len(found.matrix) == len(plan['tasks'])**2 * len(plan['selectors'])
-    return found if complete else None
+    try: return complete(directory, json.loads(json.dumps(config, default=str)))
+    except NotThisRun as e: raise UsageError(f'{e}: hydra.run.dir=FOLDER (in a sweep: hydra.sweep.dir=FOLDER)') from None
 
 # %% ../nbs/81_cli.ipynb #f1ab8c27
 def show(result:Result, directory:str):
@@ -186,6 +189,8 @@ def command(cfg:DictConfig)->float:
         if not any(Path(here.runtime.output_dir).iterdir()): os.removedirs(here.runtime.output_dir)
         if sweep: raise
         sys.exit(f'moe-merge: {e}')
-    except KeyboardInterrupt: sys.exit(f'moe-merge: interrupted. The tasks that were finished are in {os.path.relpath(here.runtime.output_dir)}; the same command goes on from there')
+    except KeyboardInterrupt as e:
+        print(f'moe-merge: {e if str(e) else f"interrupted; what was saved is in {os.path.relpath(here.runtime.output_dir)}, and the same command goes on from there"}', file=sys.stderr)
+        sys.exit(128 + getattr(e, 'number', signal.SIGINT))
     if PartialState().is_main_process: show(result, here.runtime.output_dir)
     return float(summary(result).Last.iloc[0])

@@ -75,6 +75,22 @@ def test_a_finished_run_is_not_done_again_and_another_one_is_not_overwritten():
         assert load_result(d).timings == a.timings == again.timings
 
 
+def test_what_changes_no_number_changes_no_run():
+    import tempfile
+    with tempfile.TemporaryDirectory() as d:
+        a = job(composed(*tiny, 'cache_mb=0', 'save_every=1'), d, False)
+        assert job(composed(*tiny, 'save_every=null'), d, False).timings == a.timings
+    for bad in ('cache_mb=-1', 'cache_mb=x', 'save_every=0', 'save_every=1.5'):
+        with pytest.raises(UsageError, match=bad.split('=')[0]): job(composed(*tiny, bad), progress=False)
+
+
+def test_a_directory_in_use_is_refused_in_one_line():
+    import tempfile
+    from filelock import FileLock
+    with tempfile.TemporaryDirectory() as d, FileLock(f'{d}/.lock'):
+        with pytest.raises(UsageError, match='is in use by another process'): job(composed(*tiny), d, False)
+
+
 def test_a_tracker_is_fed_when_asked_for_and_unknown_ones_are_refused():
     import tempfile
     from pathlib import Path
