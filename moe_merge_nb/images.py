@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Sequence
 from operator import index
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image, UnidentifiedImageError
 from torchvision import transforms as T
+from .files import replacing
 
 # %% ../nbs/15_images.ipynb #af0b80d3
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM') # what is read, as Pillow names it
@@ -117,9 +117,7 @@ def write_json(
     content, # anything JSON can hold
 ):
     "Write all or nothing, so that a second process never reads half a file."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile('w', dir=path.parent, suffix='.part', delete=False, encoding='utf-8') as f: json.dump(content, f, indent=1)
-    os.replace(f.name, path)
+    with replacing(path) as part: part.write_text(json.dumps(content, indent=1), encoding='utf-8')
 
 def _read_list(path, want, labels):
     "The positions in `path`, checked"

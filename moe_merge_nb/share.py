@@ -25,6 +25,7 @@ from torch import nn, Tensor
 from .adapt import AdaptedCLIP
 from .backbone import load_clip, pico_tokenizer, towers
 from .experts import Expert
+from .files import replacing
 from .moe import once
 from .router import Router, top_k_gates, top_p_gates
 
@@ -140,8 +141,7 @@ def save(
     tensors = dict(model.moes.state_dict())
     if with_backbone: tensors |= {f'clip.{k}': w for k, w in model.clip.state_dict().items()}
     tensors = {k: w.detach().cpu().clone(memory_format=torch.contiguous_format) for k, w in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(path), {KEY: json.dumps(header)})
+    with replacing(path) as part: save_file(tensors, part, {KEY: json.dumps(header)})
     return path
 
 # %% ../nbs/74_share.ipynb #d793634d
