@@ -110,13 +110,13 @@ def test_asked_to_end_in_evaluation_a_run_ends_at_once_and_does_not_train_again(
     import os, signal, tempfile
     from unittest.mock import patch
     from moe_merge_nb import loop
-    straight = run(toy_stream(2), small(), 0, backbone, progress=False)
+    straight = loop.run(toy_stream(2), small(), 0, backbone, progress=False)
     def interrupted(*args, **kw): os.kill(os.getpid(), signal.SIGTERM); assert False, 'it went on'
     def trained(*args, **kw): assert False, 'it was trained again'
     with tempfile.TemporaryDirectory() as d:
-        with patch.object(loop, 'evaluate', interrupted), pytest.raises(Stopped): run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
-        with patch.object(loop, 'train_task', trained), patch.object(loop, 'evaluate', interrupted), pytest.raises(Stopped): run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
-        same(run(toy_stream(2), small(), 0, backbone, directory=d, progress=False), straight)
+        with patch.object(loop, 'evaluate', interrupted), pytest.raises(Stopped): loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        with patch.object(loop, 'train_task', trained), patch.object(loop, 'evaluate', interrupted), pytest.raises(Stopped): loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        same(loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False), straight)
 
 
 def test_a_finished_run_is_read_and_not_done_again():
@@ -124,11 +124,11 @@ def test_a_finished_run_is_read_and_not_done_again():
     from unittest.mock import patch
     from moe_merge_nb import loop
     with tempfile.TemporaryDirectory() as d:
-        a = run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
-        with patch.object(loop, 'start', lambda *args: 1/0): b = run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        a = loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        with patch.object(loop, 'start', lambda *args: 1/0): b = loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
         same(b, a)
         assert b.config['seconds'] == a.config['seconds'] > 0
-        with pytest.raises(NotThisRun, match='holds a run with another seed .0, not 1.'): run(toy_stream(2), small(), 1, backbone, directory=d, progress=False)
+        with pytest.raises(NotThisRun, match='holds a run with another seed .0, not 1.'): loop.run(toy_stream(2), small(), 1, backbone, directory=d, progress=False)
 
 
 def test_a_checkpoint_of_other_settings_is_not_continued_and_not_lost():
@@ -173,7 +173,7 @@ def test_a_directory_that_cannot_be_written_to_is_found_out_before_training():
     from unittest.mock import patch
     from moe_merge_nb import loop
     with tempfile.TemporaryDirectory() as d, patch('moe_merge_nb.files.os.replace', side_effect=PermissionError(errno.EACCES, 'Permission denied')), patch.object(loop, 'start', lambda *args: 1/0):
-        with pytest.raises(PermissionError, match=d): run(toy_stream(1), small(), 0, backbone, directory=d, progress=False)
+        with pytest.raises(PermissionError, match=d): loop.run(toy_stream(1), small(), 0, backbone, directory=d, progress=False)
 
 
 def test_a_run_directory_that_vanishes_is_made_again():
@@ -226,9 +226,9 @@ def test_another_program_that_goes_on_is_told_so():
     from moe_merge_nb import loop
     def pull(): raise MemoryError
     with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
-        with pytest.raises(MemoryError): run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False)
+        with pytest.raises(MemoryError): loop.run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False)
         real = loop.provenance
-        with patch.object(loop, 'provenance', lambda device: {**real(device), 'torch': '9.9'}), pytest.warns(UserWarning, match='another program or machine .torch .* -> 9.9'): run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False)
+        with patch.object(loop, 'provenance', lambda device: {**real(device), 'torch': '9.9'}), pytest.warns(UserWarning, match='another program or machine .torch .* -> 9.9'): loop.run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False)
 
 
 SCRIPT = """
