@@ -12,7 +12,7 @@ help:
 	@echo "make demo   run the five methods on MTIL-mini and write runs/demo/report.html"
 	@echo "make test   run every notebook (nbdev_test) and every test (pytest)"
 	@echo "make lab    open the notebooks in JupyterLab"
-	@echo "make measure run the study of the README again (about 90 minutes on two cores; finished runs are kept)"
+	@echo "make measure run the study of the README again (an estimate: 90 minutes on two cores; finished runs are kept)"
 	@echo "make docs   README.md and one HTML page per notebook in _docs/"
 	@echo "make clean  remove what these commands made (not your runs)"
 
