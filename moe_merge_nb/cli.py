@@ -92,7 +92,7 @@ def configure()->None:
     store('config', HYDRA, 'hydra')
     quiet = [{f'override hydra/{log}': 'none'} for log in ('job_logging', 'hydra_logging')]
     choices = [{'stream': 'mini'}, {'model': 'pico'}, {'method': 'moe_merge'}, {'experiment': None}]
-    store('moe_merge', dict(defaults=['_self_', *choices, *quiet], seed=0, threads=1, device='auto', track=None, cache_mb=1024, save_every=100))
+    store('moe_merge', dict(defaults=['_self_', *choices, *quiet], seed=0, threads=1, device='auto', track=None, cache_mb=2048, save_every=100))
 
 # %% ../nbs/81_cli.ipynb #4510e301
 def composed(*overrides:str)->DictConfig: # every setting

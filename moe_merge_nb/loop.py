@@ -159,7 +159,7 @@ def run(
     config:dict|None=None, # further entries for the result's config
     progress:bool|dict=True, # show bars; a dict: one bar with these options of tqdm
     accelerator:Accelerator|None=None, # device, processes, trackers; None: what Accelerate finds
-    cache_mb:float=1024, # memory for what is known of test images, in MB; 0: everything is encoded again after every task
+    cache_mb:float=2048, # memory for what is known of test images, in MB; 0: everything is encoded again after every task
     save_every:int|None=100, # iterations; None: a task that is interrupted begins again
 )->Result:
     "Learn `stream` by `method`, evaluating all tasks after each."
