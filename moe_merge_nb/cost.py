@@ -49,7 +49,7 @@ def counted(
     fast, counter = torch.backends.mha.get_fastpath_enabled(), FlopCounterMode(display=False)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), counter: f()
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False), counter: f()
     finally: torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()
 
