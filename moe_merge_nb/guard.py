@@ -36,6 +36,7 @@ def dead(who:tuple[int, str]|None)->bool:
     except (OSError, OverflowError): pass                                       # it is there, but not ours
     return False
 
+# %% ../nbs/47_guard.ipynb #919675b7
 @contextmanager
 def locked(directory:str|Path, patience:float=15.)->Iterator[None]: # seconds for the children of a process that was killed
     "Inside, this process has `directory` for itself. InUse if another one has it, OSError if it cannot be written to."
@@ -59,6 +60,7 @@ class Stopped(KeyboardInterrupt):
         super().__init__(said or f'stopped by {signal.Signals(number).name}')
         self.number = number
 
+# %% ../nbs/47_guard.ipynb #91c97891
 class Stop:
     "Inside, SIGINT and SIGTERM are remembered."
     def __init__(self): self.number, self.at_once, self.before = None, False, {}

@@ -31,6 +31,8 @@ from .provenance import config_hash, provenance
 from .results import Result
 from .select import dataset_features
 from .sound import check_counts, check_matrix, check_weights
+
+# %% ../nbs/52_loop.ipynb #65173a3e
 from .state import Run, changed, complete, finished, found, restore, save, start
 from .tasks import Stream
 from .train import Callback, Learner, midway, train_task
@@ -95,6 +97,7 @@ class Around:
     extra:list[Callback]
     progress:bool
 
+# %% ../nbs/52_loop.ipynb #827df558
 def learn(r:Run, a:Around)->dict|None:
     "Teach the next task; what it left, None if the method trains nothing."
     if r.method.tune == 'nothing': return None
@@ -133,6 +136,7 @@ def record(result:Result, trained:dict|None, after:str, evaluation, spent:dict):
         if len(rows): setattr(result, name, pd.concat([t for t in (getattr(result, name), rows) if len(t)], ignore_index=True))
     result.timings[after] = spent
 
+# %% ../nbs/52_loop.ipynb #2396d10d
 def one_task(r:Run, a:Around, task):
     "Train, fit, evaluate, record."
     trained = learn(r, a)
@@ -181,6 +185,7 @@ def run(
         if directory and (saved := found(directory, plan, accelerator.is_main_process)): go_on(r, saved, made)
         return tasks_left(r, Around(stream, tokenizer, clip, seed, accelerator, cache, keep, [], progress is True), progress)
 
+# %% ../nbs/52_loop.ipynb #d498972f
 def go_on(r:Run, saved:dict, now:dict):
     "Continue from `saved`; a warning if the program or the machine is another one, because then bits may differ."
     if said := changed(saved['config'], now): warnings.warn(f'this run was begun with another program or machine ({said}): its numbers may not be those of an undisturbed run')

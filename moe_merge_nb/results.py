@@ -126,6 +126,7 @@ def _checked(df):
         if df[c].dtype.kind not in ('iu' if whole else 'iuf') or not df[c].between(0, most).all(): raise ValueError(f'{c} must be {"whole " * whole}numbers from 0 to {most}')
     return df
 
+# %% ../nbs/70_results.ipynb #383cfab2
 def _read_table(path, columns):
     df = _read(path, lambda p: pd.read_csv(io.StringIO(_text(p)), keep_default_na=False, dtype={c: str for c in ('selector', 'after', 'task', 'selected', 'tower')}))
     missing = [c for c in columns if c not in df]
@@ -143,6 +144,7 @@ def _dicts(values):
     if odd := [v for v in values if not isinstance(v, dict)]: raise ValueError(f'{str(odd[0])[:40]!r} is no dictionary')
     return values
 
+# %% ../nbs/70_results.ipynb #c1647393
 def load_result(directory, # a run directory
                 adapters=False # also read the adapters, where they were saved?
                )->Result:
@@ -240,6 +242,7 @@ def _unlong(keys, df):
     events = [dict(kind='merge', task=r.after, tower=r.tower, block=int(r.block), count=int(float(r.value))) for r in parts['merge'].itertuples()]
     return Result({**config, 'tasks': list(dict.fromkeys(tables['matrix'].after))}, **tables, events=events)
 
+# %% ../nbs/70_results.ipynb #bfd49804
 def unpack(file)->list[Result]: # without usage, adapters and single merge events; `count` merges per task and block instead
     "The runs in a file written by `pack`, in its order"
     df = _read(Path(file), lambda p: pd.read_csv(io.StringIO(_text(p)), dtype=str, keep_default_na=False))

@@ -33,6 +33,7 @@ def class_logits(
 # %% ../nbs/50_train.ipynb #40925f7d
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
+# %% ../nbs/50_train.ipynb #49d71c08
 @dataclass(frozen=True)
 class Train:
     "How a task is trained (defaults: MoE-Adapters, arXiv 2403.11549)."
@@ -75,6 +76,7 @@ def autocast(device:torch.device, precision:str):
     "Where the towers run in 16 bits, if asked to."
     return torch.autocast(device.type, PRECISIONS[precision] if precision != 'fp32' else None, enabled=precision != 'fp32')
 
+# %% ../nbs/50_train.ipynb #95dbad74
 @dataclass
 class Learner:
     "What is known while one task is trained."
@@ -105,6 +107,7 @@ class Learner:
         "Usage of this task so far, over all processes: what freezing and merging decide by."
         return total_counts(self.usage.counts, self.accelerator)
 
+# %% ../nbs/50_train.ipynb #e1eccdc7
 class Callback:
     "Told before a task, after every iteration and after the task; may add to the loss. The default does nothing."
     def before_task(self, learner:Learner): pass
@@ -154,6 +157,7 @@ def step(
     scaler.update()
     learner.iteration += 1
 
+# %% ../nbs/50_train.ipynb #3b55936f
 def trouble(learner:Learner)->str:
     "What must be known to look into a loss that is no number."
     return (f'the loss is {learner.loss} in iteration {learner.iteration + 1} of task {learner.task.name!r}, at learning rate {learner.optimizer.param_groups[0]["lr"]:.3g}, '

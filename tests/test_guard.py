@@ -44,7 +44,7 @@ def test_a_signal_is_remembered_and_the_second_one_ends():
     was = signal.signal(signal.SIGINT, signal.default_int_handler)             # a process in the background may ignore it
     with pytest.raises(KeyboardInterrupt), Stop():
         for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
-    signal.signal(signal.SIGINT, was)
+    signal.signal(signal.SIGINT, was);
 
 
 def test_where_nothing_can_be_lost_the_end_is_immediate():
