@@ -28,3 +28,15 @@ def test_permuting_experts_with_their_router_columns_changes_nothing():
     moe.experts = torch.nn.ModuleList(moe.experts[i] for i in (3, 1, 4, 0, 2))
     moe.routers[0].gate.data = moe.routers[0].gate.data[:, [3, 1, 4, 0, 2]]
     torch.testing.assert_close(mixture(moe, x, 0), y)
+
+
+def test_columns_that_share_an_expert_and_a_column_that_is_closed():
+    torch.manual_seed(0)
+    moe = MoE('image', 0, 8, 3, 3).eval(); moe.add_task()
+    for p in moe.parameters(): torch.nn.init.normal_(p)
+    x, seen = torch.randn(64, 4, 8), []
+    mixture(moe, x, 0, seen.append); gates = seen[0].gates
+    moe.place, moe.always = torch.tensor([[1., 0, 0], [1, 0, 0], [0, 0, 0]]), torch.tensor([0, 0, .5])
+    y = mixture(moe, x, 0, seen.append)
+    assert (gates[:, 2] > 0).any() and not seen[1].gates[:, 2].any()
+    torch.testing.assert_close(y, moe.experts[0](x) + .5 * moe.experts[2](x))
