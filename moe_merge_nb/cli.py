@@ -30,7 +30,7 @@ from .backbone import load_clip, towers
 from .config import EXPERIMENTS, METHODS, MODELS, PROTOCOL_OF, STREAMS, method
 from .guard import InUse
 from .loop import run
-from .method import Method, check, check_images, describe
+from .method import Method, check, check_images, check_words, describe
 from .results import Result, summary
 from .select import selector_parameters
 from .state import NotThisRun, complete
@@ -146,6 +146,7 @@ def job(cfg:DictConfig, directory:str|None=None, progress:bool|dict=True)->Resul
     devices, backbone = accelerator(cfg.device, cfg.track, directory), made(cfg.model)
     try:
         check_images(stream, backbone[0])
+        check_words(stream, backbone[1])
         check(method, stream, devices)
     except ValueError as e: raise UsageError(str(e)) from None
     if progress is True: devices.print('parameters:', ', '.join(f'{k} {n:,}' for k, n in parameters(method, backbone[0], stream).items()) or 'none are trained')

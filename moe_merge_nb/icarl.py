@@ -7,6 +7,7 @@ __all__ = ['herding', 'exemplars', 'shrunk', 'ICaRL']
 
 # %% ../nbs/56_icarl.ipynb #a9321fb7
 from dataclasses import dataclass
+from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -77,26 +78,30 @@ class ICaRL(Callback):
     def state(self)->dict: return dict(memory=self.memory)
     def restore(self, state:dict): vars(self)['_memory'] = state['memory']
 
-    def before_task(self, learner:Learner):
-        if not self.memory: return
-        tokens = torch.cat([learner.tokenizer(prompts(t)) for t in learner.seen]).to(learner.tokens.device)
-        known = [(t, i) for t, task in enumerate(self.memory) for chosen in task for i in chosen]
-        vars(self).update(teacher=frozen_copy(learner.model.clip), tokens=tokens, known=known)
-
-    def after_task(self, learner:Learner):
-        classes = sum(len(t.classes) for t in (*learner.seen, learner.task))
-        if (m := self.memory_size // classes) < 1:
-            raise ValueError(f'icarl.memory_size is {self.memory_size} for the {classes} classes up to task {learner.task.name!r}: choose at least {classes}')
-        vars(self)['_memory'] = shrunk(self.memory, m) + [exemplars(learner.model.clip, learner.task, m)]
-        for name in ('teacher', 'tokens', 'known'): vars(self).pop(name, None)
-
-    def midway(self)->dict: return dict(teacher=self.teacher.state_dict()) if self.memory else {}
-    def resume(self, learner:Learner, midway:dict):
-        if self.memory: fill(self.teacher, midway['teacher'], 'the teacher of this checkpoint')
-
 # %% ../nbs/56_icarl.ipynb #2c8c1960
-from fastcore.basics import patch
+@patch
+def before_task(self:ICaRL, learner:Learner):
+    if not self.memory: return
+    tokens = torch.cat([learner.tokenizer(prompts(t)) for t in learner.seen]).to(learner.tokens.device)
+    known = [(t, i) for t, task in enumerate(self.memory) for chosen in task for i in chosen]
+    vars(self).update(teacher=frozen_copy(learner.model.clip), tokens=tokens, known=known)
 
+@patch
+def after_task(self:ICaRL, learner:Learner):
+    classes = sum(len(t.classes) for t in (*learner.seen, learner.task))
+    if (m := self.memory_size // classes) < 1:
+        raise ValueError(f'icarl.memory_size is {self.memory_size} for the {classes} classes up to task {learner.task.name!r}: choose at least {classes}')
+    vars(self)['_memory'] = shrunk(self.memory, m) + [exemplars(learner.model.clip, learner.task, m)]
+    for name in ('teacher', 'tokens', 'known'): vars(self).pop(name, None)
+
+@patch
+def midway(self:ICaRL)->dict: return dict(teacher=self.teacher.state_dict()) if self.memory else {}
+
+@patch
+def resume(self:ICaRL, learner:Learner, midway:dict):
+    if self.memory: fill(self.teacher, midway['teacher'], 'the teacher of this checkpoint')
+
+# %% ../nbs/56_icarl.ipynb #27696b4d
 @patch
 def drawn(self:ICaRL, learner:Learner)->list[tuple[int, int]]: # task, position
     "This process's exemplars in this iteration: they depend on the run's seed and the iteration only."

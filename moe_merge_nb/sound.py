@@ -28,11 +28,13 @@ def check_counts(learner:Learner):
         if have > want: raise ValueError(f'{said}: usage was counted twice, so what was merged and frozen cannot be trusted')
         if have < .99 * want: warnings.warn(f'{said}: gates were 0 in single precision; train.lr may be too large')
 
+# %% ../nbs/51_sound.ipynb #4ae75359
 def check_weights(model:AdaptedCLIP, task:str):
     "ValueError names weights that are NaN or infinite."
     bad = [name for name, w in model.state_dict().items() if w.is_floating_point() and not w.isfinite().all()]
     if bad: raise ValueError(f'after task {task!r}, {len(bad)} tensors of the model hold NaN or infinity: {", ".join(bad[:4])}')
 
+# %% ../nbs/51_sound.ipynb #890a8cba
 def check_matrix(
     rows:pd.DataFrame, # selector, after, task, accuracy
     tasks:list[str], selectors:list[str],

@@ -11,6 +11,7 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from fastcore.basics import patch
 import numpy as np
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -107,29 +108,34 @@ class ZSCL(Callback):
         if self.every and self.every > settings.iterations: raise ValueError(f'zscl.every is {self.every}, but a task has {settings.iterations} iterations: nothing would be learned; choose at most {settings.iterations}, or None')
         if self.reference != 'drawn' and not Path(self.reference).is_dir(): raise ValueError(f"zscl.reference is {self.reference!r}, where no folder is: choose a folder of images with a captions.txt (option baseline.reference), or 'drawn'")
 
-    def before_task(self, learner:Learner):
-        if 'images' not in vars(self): self.prepare(learner)
-        start = [p.detach().clone() for p in learner.model.clip.parameters()]
-        vars(self).update(start=start, mean=[p.clone() for p in start], count=1)
+# %% ../nbs/55_zscl.ipynb #b799b6aa
+@patch
+def before_task(self:ZSCL, learner:Learner):
+    if 'images' not in vars(self): self.prepare(learner)
+    start = [p.detach().clone() for p in learner.model.clip.parameters()]
+    vars(self).update(start=start, mean=[p.clone() for p in start], count=1)
 
-    def after_step(self, learner:Learner):
-        if not self.every or learner.iteration % self.every: return
-        vars(self)['count'] += 1
-        for m, p in zip(self.mean, learner.model.clip.parameters()): m += (p.detach() - m) / self.count
+@patch
+def after_step(self:ZSCL, learner:Learner):
+    if not self.every or learner.iteration % self.every: return
+    vars(self)['count'] += 1
+    for m, p in zip(self.mean, learner.model.clip.parameters()): m += (p.detach() - m) / self.count
 
-    @torch.no_grad()
-    def after_task(self, learner:Learner):
-        if self.every:
-            for m, p in zip(self.mean, learner.model.clip.parameters()): p.copy_(m)
-        for name in ('start', 'mean', 'count'): vars(self).pop(name)
+@patch
+@torch.no_grad()
+def after_task(self:ZSCL, learner:Learner):
+    if self.every:
+        for m, p in zip(self.mean, learner.model.clip.parameters()): p.copy_(m)
+    for name in ('start', 'mean', 'count'): vars(self).pop(name)
 
-    def midway(self)->dict: return dict(start=self.start, mean=self.mean, count=self.count)
-    def resume(self, learner:Learner, midway:dict):
-        vars(self).update(count=midway['count'], **{name: [w.to(learner.tokens.device) for w in midway[name]] for name in ('start', 'mean')})
+@patch
+def midway(self:ZSCL)->dict: return dict(start=self.start, mean=self.mean, count=self.count)
+
+@patch
+def resume(self:ZSCL, learner:Learner, midway:dict):
+    vars(self).update(count=midway['count'], **{name: [w.to(learner.tokens.device) for w in midway[name]] for name in ('start', 'mean')})
 
 # %% ../nbs/55_zscl.ipynb #c9cded52
-from fastcore.basics import patch
-
 @patch
 @torch.no_grad()
 def prepare(self:ZSCL, learner:Learner):

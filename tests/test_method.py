@@ -25,6 +25,14 @@ def test_a_merge_that_would_never_happen_is_refused():
     with pytest.raises(ValueError, match='merge.every is 10'): Method('m', train=Train(iterations=12, warmup=1), merge=Merge(every=10))
 
 
+def test_classes_that_the_model_reads_alike_are_refused():
+    _, tokenizer = load_clip('pico', 'random')
+    def named(*classes): return Stream('words', (toy_stream(1)[0], replace(toy_stream(1)[0], name='pets', classes=classes)))
+    check_words(named('cat', 'dog', 'cats'), tokenizer)
+    for a, b in (('Cat', 'cat'), ('a  cat', 'a cat'), ('very ' * 30 + 'small cat', 'very ' * 30 + 'large cat')):
+        with pytest.raises(ValueError, match=f"task 'pets': the model reads the classes '{a}' and '{b}' as the same 20 tokens .*: rename one"): check_words(named(a, 'dog', b), tokenizer)
+
+
 def test_what_could_not_be_learned_is_refused_before_training():
     from types import SimpleNamespace
     from moe_merge_nb.config import METHODS
