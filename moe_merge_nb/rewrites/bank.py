@@ -51,7 +51,7 @@ def bank(
 def layer(b:Bank, dropout:float=0.)->MoE: # in evaluation mode
     "The mixture that computes what `b` says."
     (rank, width), (tasks, _, E) = b.states[0]['down.weight'].shape, b.gate.shape
-    moe = MoE(b.tower, b.block, width, len(b.states), rank, b.scale, dropout, gate=b.select)
+    with torch.random.fork_rng(devices=[]): moe = MoE(b.tower, b.block, width, len(b.states), rank, b.scale, dropout, gate=b.select)     # its weights are replaced
     for expert, state in zip(moe.experts, b.states): write(expert, state)
     for t in range(tasks):
         router = Router(width, E)
