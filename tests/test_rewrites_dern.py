@@ -86,12 +86,14 @@ def test_the_full_budget_changes_nothing_and_a_small_one_is_kept_at_the_same_wid
     found, u = [bank(net) for net in nets], torch.randn(20, 3, 8)
     gates = [torch.rand(30, 5) for _ in nets]
     s = [Statistics(g, g / g.sum(1, keepdim=True), torch.zeros(30).long(), torch.zeros(30).long(), torch.zeros(5), u.flatten(0, 1)) for g in gates]
-    for old, same in zip(found, dern(found, s, 5)): assert torch.equal(mixture(layer(same), u, 0), mixture(layer(old), u, 0))
+    for was, same in zip(found, dern(found, s, 5)): assert torch.equal(mixture(layer(same), u, 0), mixture(layer(was), u, 0))
     for score in ('mass', 'counts'):
         new = dern(found, s, 2, score=score)
         assert sum(len(b.states) for b in new) == 6
         assert all(t.shape == found[0].states[0][name].shape and t.isfinite().all() for b in new for state in b.states for name, t in state.items())
-    for wrong in (dict(score='usage'), dict(router='open'), dict(received=0)):
+    for each, was in zip(dern(found, s, 2, received=0), found):                     # gates are handed on, survivors stay
+        for state in each.states: assert any(torch.allclose(neurons(state), neurons(balance(state0)), atol=1e-5) or all(torch.equal(state[n], state0[n]) for n in state0) for state0 in was.states)
+    for wrong in (dict(score='usage'), dict(router='open'), dict(received=-1)):
         with pytest.raises(ValueError, match='choose'): dern(found, s, 2, **wrong)
 
 

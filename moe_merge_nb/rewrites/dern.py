@@ -104,14 +104,14 @@ def recombined(b:Bank, kept:list[int], received:float=.5, threshold:float=-1., r
 def dern(
     banks:list[Bank], stats:list[Statistics], budget:int,
     score:str='mass', # who survives: gate 'mass' or 'counts'
-    received:float=.5, # weight of a received neuron; own ones have 1
+    received:float=.5, # weight of a received neuron; own ones have 1; 0: survivors stay as they are
     threshold:float=-1., # neurons less similar to any survivor are discarded
     router:str='share', # one of `ROUTER`
 )->list[Bank]:
     "Drop experts, send their neurons to the survivors (adapted from arXiv 2509.10377)."
     if score not in ('mass', 'counts'): raise ValueError(f"score is {score!r}: choose 'mass' or 'counts'")
     if router not in ROUTER: raise ValueError(f"router is {router!r}: choose one of {', '.join(ROUTER)}")
-    if not received > 0: raise ValueError(f'received is {received}: choose a weight above 0')
+    if not received >= 0: raise ValueError(f'received is {received}: choose a weight of 0 or more')
     used = [getattr(s, score).double() for s in stats]
     kept = dominant([u / u.sum() for u in used], budget)
     return [recombined(b, sorted(k), received, threshold, router) for b, k in zip(banks, kept)]
