@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEY', 'ENTRIES', 'FILE', 'CARD', 'experts_config', 'sha256', 'clip_from', 'clip_config', 'Words', 'words',
-           'header_of', 'save', 'check_fit', 'fill', 'read_header', 'check_entries', 'check_header', 'check_config',
-           'header_of_run', 'restore_backbone', 'tokenizer_for', 'Shared', 'rebuilt', 'load']
+           'header_of', 'save', 'check_fit', 'fill', 'read_header', 'check_digest', 'check_entries', 'check_header',
+           'check_config', 'header_of_run', 'restore_backbone', 'tokenizer_for', 'Shared', 'rebuilt', 'load']
 
 # %% ../nbs/74_share.ipynb #8577db71
 import copy, hashlib, json
@@ -25,8 +25,10 @@ from torch import nn, Tensor
 from .adapt import AdaptedCLIP
 from .backbone import load_clip, pico_tokenizer, towers
 from .experts import Expert
-from .files import replacing
+from .checkpoint import checksum
+from .files import replacing, write_json
 from .moe import once
+from .results import intact, sums_of
 from .router import Router, top_k_gates, top_p_gates
 
 # %% ../nbs/74_share.ipynb #109c2e55
@@ -122,7 +124,7 @@ def header_of(
         raise ValueError('the backbone is not pico: say which it is (name=, pretrained=, as for load_clip), or put it into the file (with_backbone=True)')
     if pretrained and Path(pretrained).is_file(): pretrained = Path(pretrained).name         # where the file lies is nobody's business
     backbone = dict(name=name, pretrained=pretrained, sha256=sha, config=clip_config(model.clip) if with_backbone else None)
-    return dict(version=1, package=version('moe_merge_nb'), experts=experts_config(model), n_tasks=model.n_tasks, backbone=backbone, tasks=tasks, provenance=provenance or {})
+    return dict(version=2, package=version('moe_merge_nb'), experts=experts_config(model), n_tasks=model.n_tasks, backbone=backbone, tasks=tasks, provenance=provenance or {})
 
 # %% ../nbs/74_share.ipynb #d06574ad
 KEY = 'moe_merge_nb' # of the header's text, which is JSON
@@ -141,7 +143,8 @@ def save(
     tensors = dict(model.moes.state_dict())
     if with_backbone: tensors |= {f'clip.{k}': w for k, w in model.clip.state_dict().items()}
     tensors = {k: w.detach().cpu().clone(memory_format=torch.contiguous_format) for k, w in tensors.items()}
-    with replacing(path) as part: save_file(tensors, part, {KEY: json.dumps(header)})
+    text = json.dumps(header)
+    with replacing(path) as part: save_file(tensors, part, {KEY: text, 'sha256': checksum(text, tensors)})
     return path
 
 # %% ../nbs/74_share.ipynb #d793634d
@@ -175,8 +178,14 @@ def read_header(path)->dict|None: # None: not one of ours
         header = json.loads(text) if text else None
     except (SafetensorError, OSError, ValueError, RecursionError) as e: raise ValueError(f'{path} cannot be read as safetensors with a JSON header ({type(e).__name__}: {e})') from e
     if text and not isinstance(header, dict): raise ValueError(f'{path} has a header that is no dictionary')
-    if text and header.get('version') != 1: raise ValueError(f'{path} has format version {header.get("version")!r}; this package reads version 1: update it')
+    if text and (type(v := header.get('version')) is not int or v not in (1, 2)): raise ValueError(f'{path} has format version {v!r}; this package reads versions 1 and 2: update it')
     return header
+
+def check_digest(path, header:dict, tensors:dict[str, Tensor])->None: # header and tensors as they were read from `path`
+    "ValueError unless they are what was saved; files of version 1 cannot tell."
+    if header['version'] == 1: return
+    with safe_open(str(path), 'pt') as f: said = f.metadata()
+    if said.get('sha256') != checksum(said[KEY], tensors): raise ValueError('its contents are not what its checksum says: it was damaged, or changed; fetch it again')
 
 # %% ../nbs/74_share.ipynb #716e6cc2
 _TEXT, _NUMBER, _NONE = (str,), (int, float), type(None)
@@ -239,10 +248,14 @@ def header_of_run(
 )->dict:
     "The header for a run directory, which has none, from its config.json."
     if not (directory/'config.json').is_file(): raise ValueError(f'{directory} is neither a shared file nor a run directory: config.json is missing')
-    try: config = json.loads((directory/'config.json').read_text(encoding='utf-8'))
+    sums = sums_of(directory)
+    try: config = json.loads(intact(directory/'config.json', sums).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f'{directory/"config.json"} cannot be read ({type(e).__name__}: {e})') from e
     if not isinstance(config, dict) or not isinstance(config.get('tasks', []), list): raise ValueError(f'{directory/"config.json"} is no configuration of a run')
     if not isinstance(experts := config.get('experts'), dict): raise ValueError(f'{directory} holds a run without adapters (experts: {experts!r})')
+    if (directory/FILE).is_file():
+        try: intact(directory/FILE, sums)
+        except ValueError as e: raise ValueError(f'{directory/FILE}: {e}') from e
     if 'mix' in experts: raise ValueError(f'{directory} was made with a mixing function, {experts["mix"]!r}: build AdaptedCLIP with it and load adapters.safetensors into model.moes')
     n_tasks = sum(name.startswith('0.routers.') and name.endswith('.gate') for name in tensors)
     tasks = [dict(name=name) for name in config.get('tasks', ())[:n_tasks]]
@@ -310,9 +323,10 @@ def load(
     "Read adapters; ValueError names what does not fit, FileNotFoundError what is not there."
     file = Path(path)/FILE if Path(path).is_dir() else Path(path)
     if not file.is_file(): raise FileNotFoundError(f'{file} is not there: path is {str(path)!r}, a file from `save`, or a directory with {FILE}')
-    header, tensors = read_header(file), load_file(str(file))
-    if header is None: header = header_of_run(file.parent, tensors)
+    own, tensors = read_header(file), load_file(str(file))
+    header = header_of_run(file.parent, tensors) if own is None else own
     try:
+        check_digest(file, header, tensors)
         check_header(header, tensors)
         model, tokenizer = rebuilt(header, tensors, backbone)
     except ValueError as e: raise ValueError(f'{file}: {e}') from e
@@ -325,7 +339,7 @@ from fastcore.basics import patch
 @patch
 def _save_pretrained(self:Shared, save_directory):
     header = read_header(self.save(Path(save_directory)/FILE))
-    (Path(save_directory)/'config.json').write_text(json.dumps({KEY: header}, indent=1), encoding='utf-8')     # for readers; `load` takes the file's own header
+    write_json(Path(save_directory)/'config.json', {KEY: header})               # for readers; `load` takes the file's own header
 
 @patch(cls_method=True)
 def _from_pretrained(cls:Shared, *, model_id, revision, cache_dir, force_download, local_files_only, token, backbone=None, **ignored):

@@ -15,7 +15,7 @@ import pandas as pd
 from accelerate import Accelerator
 from torch import nn
 from .adapt import AdaptedCLIP
-from .checkpoint import fill, read_newest, remove, write_newest
+from .checkpoint import fill, other, read_newest, remove, write_newest
 from .method import Method, build, callbacks, seeded
 from .results import TABLES, Result, load_result, save_result
 from .select import make_selector
@@ -95,7 +95,11 @@ def belongs(found:dict, plan:dict, directory:str|Path):
 def complete(directory:str|Path, plan:dict, adapters:bool=False)->Result|None:
     "The finished run of this `plan` in `directory`, None if there is none."
     if not (Path(directory)/'config.json').is_file(): return None
-    found = load_result(directory, adapters)
+    try: found = load_result(directory, adapters)
+    except (ValueError, FileNotFoundError) as e:
+        if not any(p.is_file() for p in (Path(directory)/CHECKPOINT, other(Path(directory)/CHECKPOINT, 'before'))): raise NotThisRun(str(e)) from e
+        warnings.warn(f'{e}. The checkpoint holds the same and more: going on from it')
+        return None
     belongs(found.config, plan, directory)
     return found if len(found.matrix) == len(plan['tasks'])**2 * len(plan['selectors']) else None
 

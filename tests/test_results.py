@@ -22,6 +22,7 @@ def test_a_bad_file_is_named():
     import tempfile
     with tempfile.TemporaryDirectory() as tmp:
         d = save_result(example_result(), f'{tmp}/run')
+        (d/'sha256.json').unlink()                                                             # as in directories of earlier versions
         (d/'events.jsonl').write_text('{"kind": "merge", ')
         with pytest.raises(ValueError, match='events.jsonl cannot be read'): load_result(d)
         (d/'events.jsonl').write_text('')
@@ -30,6 +31,48 @@ def test_a_bad_file_is_named():
         (d/'matrix.csv').unlink()
         with pytest.raises(FileNotFoundError, match='matrix.csv is missing'): load_result(d)
         with pytest.raises(FileNotFoundError, match='nowhere/config.json is missing'): load_result(f'{tmp}/nowhere')
+
+
+def test_a_changed_file_is_noticed_and_named():
+    import tempfile
+    r = example_result()
+    r.adapters = {'up.weight': torch.ones(3)}
+    with tempfile.TemporaryDirectory() as tmp:
+        d = save_result(r, f'{tmp}/run')
+        names = [p.name for p in d.iterdir() if p.name != 'sha256.json']
+        assert sorted(json.loads((d/'sha256.json').read_text())) == sorted(names) and len(names) == 8
+        for name in names:
+            good = (d/name).read_bytes()
+            (d/name).write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:])
+            with pytest.raises(ValueError, match=f'{name} cannot be read .*not those that sha256.json names'): load_result(d, adapters=True)
+            (d/name).write_bytes(good)
+        whole = load_result(d, adapters=True)
+        (d/'sha256.json').write_text('[]')
+        with pytest.raises(ValueError, match='sha256.json cannot be read'): load_result(d)
+        (d/'sha256.json').unlink()
+        pd.testing.assert_frame_equal(load_result(d).matrix, whole.matrix)                      # a directory of an earlier version
+        r.adapters = None
+        assert load_result(save_result(r, d), adapters=True).adapters is None                   # another result's adapters do not stay
+
+
+def test_a_result_that_was_not_written_to_its_end_is_none():
+    import tempfile
+    from unittest.mock import patch
+    import os
+    r, replace = example_result(), os.replace
+    with tempfile.TemporaryDirectory() as tmp:
+        for last in range(8):
+            save_result(r, f'{tmp}/run')
+            left = [last]
+            def some(a, b):
+                if not left[0]: raise OSError(5, 'gone')
+                left[0] -= 1; replace(a, b)
+            with patch('moe_merge_nb.files.os.replace', some), pytest.raises(OSError, match='gone'): save_result(example_result(seed=1), f'{tmp}/run')
+            with pytest.raises(FileNotFoundError, match='config.json is missing'): load_result(f'{tmp}/run')
+            if last: # a power failure that brings the old config.json back, beside new tables
+                config = json.dumps(r.config, indent=1)
+                Path(tmp, 'run', 'config.json').write_text(config)
+                with pytest.raises(ValueError, match='not those that sha256.json names'): load_result(f'{tmp}/run')
 
 
 def test_a_task_may_be_called_none():

@@ -90,8 +90,7 @@ def test_frozen_experts_come_back_closed():
 def test_loading_is_strict():
     with TemporaryDirectory() as d:
         good = save(trained(tasks=1), Path(d)/'good.safetensors')
-        from safetensors import safe_open
-        with safe_open(str(good), 'pt') as f: metadata = f.metadata()
+        metadata = {KEY: json.dumps({**read_header(good), 'version': 1})}                  # without a checksum, which would find all of this first
         def changed(**new):
             tensors = {k: w for k, w in {**load_file(good), **new}.items() if w is not None}
             save_file(tensors, Path(d)/'bad.safetensors', metadata)
@@ -105,8 +104,23 @@ def test_loading_is_strict():
         with pytest.raises(ValueError, match='cannot be read as safetensors'): load(Path(d)/'text.safetensors')
         save_file(load_file(good), Path(d)/'strange.safetensors')
         with pytest.raises(ValueError, match='config.json is missing'): load(Path(d)/'strange.safetensors')
-        save_file(load_file(good), Path(d)/'newer.safetensors', {KEY: json.dumps(dict(version=2))})
-        with pytest.raises(ValueError, match='format version 2'): load(Path(d)/'newer.safetensors')
+        save_file(load_file(good), Path(d)/'newer.safetensors', {KEY: json.dumps(dict(version=3))})
+        with pytest.raises(ValueError, match='format version 3'): load(Path(d)/'newer.safetensors')
+
+
+def test_a_flipped_bit_is_noticed_and_older_files_stay_readable():
+    with TemporaryDirectory() as d:
+        good = save(trained(tasks=1), Path(d)/'good.safetensors')
+        data, bad = good.read_bytes(), Path(d)/'bad.safetensors'
+        for at, byte in ((len(data) - 3, None), (data.index(b'\\"rank\\": ') + 10, b'5')):     # a weight; a digit of the header
+            other = bytearray(data)
+            other[at] = byte[0] if byte else other[at] ^ 1
+            bad.write_bytes(bytes(other))
+            with pytest.raises(ValueError, match='bad.safetensors: its contents are not what its checksum says'): load(bad)
+        save_file(load_file(good), bad, {KEY: json.dumps(read_header(good))})
+        with pytest.raises(ValueError, match='not what its checksum says'): load(bad)                # a checksum that is gone is no right one
+        save_file(load_file(good), bad, {KEY: json.dumps({**read_header(good), 'version': 1})})
+        assert torch.equal(load(bad).model.moes[0].routers[0].gate, load(good).model.moes[0].routers[0].gate)
 
 
 def test_a_header_is_refused_before_anything_is_built_from_it():
@@ -114,7 +128,7 @@ def test_a_header_is_refused_before_anything_is_built_from_it():
         good = save(trained(clip=pico(1), tasks=1), Path(d)/'good.safetensors', with_backbone=True)
         header, tensors = read_header(good), load_file(good)
         def refused(says, **new):
-            save_file(tensors, Path(d)/'odd.safetensors', {KEY: json.dumps({**header, **new})})
+            save_file(tensors, Path(d)/'odd.safetensors', {KEY: json.dumps({**header, 'version': 1, **new})})
             with pytest.raises(ValueError, match=r'odd\.safetensors: .*' + says): load(Path(d)/'odd.safetensors')
         backbone, config = header['backbone'], header['backbone']['config']
         other = lambda **new: dict(backbone={**backbone, 'config': {**config, **new}})
@@ -154,8 +168,7 @@ def test_the_backbone_can_travel_along():
         assert torch.equal(again.model.encode_image(images, 0), model.encode_image(images, 0))
         tensors = load_file(path)
         del tensors['clip.logit_scale']
-        from safetensors import safe_open
-        with safe_open(str(path), 'pt') as f: save_file(tensors, Path(d)/'bad.safetensors', f.metadata())
+        save_file(tensors, Path(d)/'bad.safetensors', {KEY: json.dumps({**read_header(path), 'version': 1})})
         with pytest.raises(ValueError, match='the backbone in the file does not fit: 1 missing: logit_scale'): load(Path(d)/'bad.safetensors')
         named = save(model, Path(d)/'named.safetensors', name='ViT-B-16-quickgelu', pretrained='nobody-has-this')
         with pytest.raises(ValueError, match=r'nobody-has-this.* give it as backbone=\(model, tokenizer\)'): load(named)
@@ -175,7 +188,12 @@ def test_a_run_directory_is_read():
         assert experts.items() <= experts_config(shared.model).items()
         assert not any(p.requires_grad for p in shared.model.moes[2].experts[1].parameters())
         assert torch.equal(load(shared.save(Path(d)/'out'/'one.safetensors')).model.moes[0].routers[1].gate, model.moes[0].routers[1].gate)
-        config = json.loads((Path(d)/'config.json').read_text())
+        config, sums = json.loads((Path(d)/'config.json').read_text()), Path(d)/'sha256.json'
+        digests = json.loads(sums.read_text())
+        for name in ('config.json', 'adapters.safetensors'):
+            sums.write_text(json.dumps({**digests, name: 64*'0'}))
+            with pytest.raises(ValueError, match=f'{name}.* its contents are not those'): load(d)
+        sums.unlink()                                                                       # a run of an earlier version
         for change, message in ((dict(experts=None), 'a run without adapters'), (dict(experts={**experts, 'mix': '<function f>'}), 'mixing function'), (dict(experts={**experts, 'gate': '<function f>'}), 'gate is')):
             (Path(d)/'config.json').write_text(json.dumps({**config, **change}))
             with pytest.raises(ValueError, match=message): load(d)

@@ -48,6 +48,18 @@ def test_another_run_is_not_continued_and_not_overwritten():
         with pytest.raises(NotThisRun, match='not finished, and no checkpoint'): found(d, PLAN)
 
 
+def test_a_damaged_result_is_an_error_unless_there_is_a_checkpoint():
+    import tempfile
+    from pathlib import Path
+    with tempfile.TemporaryDirectory() as d:
+        save(begun(), d, PLAN)
+        Path(d, 'events.jsonl').write_text('{}\n')
+        with pytest.warns(UserWarning, match='events.jsonl cannot be read .*going on from it'): assert complete(d, PLAN) is None
+        assert found(d, PLAN)['done'] == 0
+        Path(d, CHECKPOINT).unlink()
+        with pytest.raises(NotThisRun, match='events.jsonl cannot be read .*not those that sha256.json names'): complete(d, PLAN)
+
+
 def test_a_checkpoint_with_missing_extra_or_other_tensors_is_refused_by_name():
     import tempfile
     from moe_merge_nb.checkpoint import write_tree
