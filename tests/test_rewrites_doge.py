@@ -2,11 +2,12 @@
 
 
 import math, time
+import pandas as pd
 from functools import partial
 import pytest, torch
 from moe_merge_nb.adapt import AdaptedCLIP
 from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.experts import Expert, make_experts, read
+from moe_merge_nb.experts import Expert, read
 from moe_merge_nb.merge import Merge, mean, merge_once
 from moe_merge_nb.moe import MoE
 from moe_merge_nb.rewrites.doge import *

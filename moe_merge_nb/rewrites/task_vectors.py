@@ -83,7 +83,7 @@ def dropped(
     check_density(density)
     rng = np.random.default_rng([seed, *([] if counts is None else counts.long().tolist())])
     m = torch.from_numpy(rng.random(tau.shape) < density).to(tau.device)
-    return m * tau / density
+    return torch.where(m, tau / density, 0.)
 
 def dare(
     states:list[State], counts:Tensor|None, base:State|None,
