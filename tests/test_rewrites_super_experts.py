@@ -2,9 +2,10 @@
 
 
 import pytest, torch
+from torch.nn import functional as F
 from moe_merge_nb.adapt import AdaptedCLIP
 from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.tasks import toy_stream
+from moe_merge_nb.tasks import prompts, toy_stream
 from moe_merge_nb.rewrites.bank import banks, with_banks
 from moe_merge_nb.rewrites.group import rewrite
 from moe_merge_nb.rewrites.statistics import calibrate
