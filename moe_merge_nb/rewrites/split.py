@@ -60,9 +60,9 @@ def segment(b:Bank, m:int, n_shared:int=0, counts:Tensor|None=None)->Bank:
     "One bank of `fine_grained`."
     k, fields = k_of(b), in_parts(b, m)
     if type(n_shared) is not int or not 0 <= n_shared < m*k: raise ValueError(f'n_shared is {n_shared!r}, but {m*k} parts run: choose 0 ... {m*k - 1}')
-    place = torch.kron(b.place, torch.eye(m))                                           # (m columns, m experts)
+    place = torch.kron(b.place, torch.eye(m).to(b.place))                                           # (m columns, m experts)
     order = torch.arange(len(b.place)) if counts is None else counts.sort(descending=True, stable=True).indices
-    shared = (order[:, None] * m + torch.arange(m)).flatten()[:n_shared]                # columns
+    shared = (order[:, None] * m + torch.arange(m)).flatten()[:n_shared].to(place.device)      # columns
     always = fields.pop('always') + place[shared].sum(0) / k
     place = place.index_fill(0, shared, 0.) * (m - n_shared / k)
     double = lambda t: t.repeat_interleave(m, dim=-1)
