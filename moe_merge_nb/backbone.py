@@ -18,6 +18,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from .files import replacing
 
 # %% ../nbs/20_backbone.ipynb #2877fbb3
 PICO = files('moe_merge_nb')/'data'/'pico'  # configuration, merges and weights of pico
@@ -46,8 +47,8 @@ def write_weights(
     model:nn.Module, # any model
     path, # of the .safetensors file
 ):
-    "Write the weights of `model` in half precision."
-    save_file({name: w.detach().half().contiguous() for name, w in model.state_dict().items()}, str(path))
+    "Write the weights of `model` in half precision; OSError names the file."
+    with replacing(path) as part: save_file({name: w.detach().half().contiguous() for name, w in model.state_dict().items()}, part)
 
 def read_weights(
     model:nn.Module, # receives the weights, in its own precision

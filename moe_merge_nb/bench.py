@@ -25,6 +25,7 @@ from torch import nn, Tensor
 from .backbone import load_clip, towers
 from .compare import ALLOWED, JOBS, agreed, agreement, make_case, mode, pairs, randomise, whole
 from .encode import block
+from .files import write_text
 from .loop import provenance
 from .memory import peak_bytes
 from .moe import MoE, mixture
@@ -231,7 +232,7 @@ def stored()->dict: # 'provenance': see `machine`; 'rows'
 def write(rows:list[dict], path:str|Path):
     "One row per line, so that two measurements can be compared with any tool."
     lines = ',\n'.join(json.dumps(r) for r in rows)
-    Path(path).write_text(f'{{"provenance": {json.dumps(machine())},\n"rows": [\n{lines}\n]}}\n', encoding='utf-8')
+    write_text(path, f'{{"provenance": {json.dumps(machine())},\n"rows": [\n{lines}\n]}}\n')
 
 # %% ../nbs/86_bench.ipynb #f75ed459
 QUICK = dict(models=['pico'], classes=[10, 102], rounds=3, experts=[2, 22, 256])

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 from .datasets import MTIL, names_of
+from .files import replacing, write_text
 
 # %% ../nbs/19_miniature.ipynb #036aab1d
 def draw(
@@ -46,12 +47,15 @@ def _save(im, *path):
     "As JPEG, with the folders it needs"
     path = Path(*map(str, path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    im.save(path, 'JPEG', quality=90)
+    im.save(path, 'JPEG', quality=90)                                                       # not flushed one by one: that costs ten times what drawing does
 
 def _lines(path, lines):
     "A text file"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+    write_text(path, ''.join(f'{line}\n' for line in lines))
+
+def _mat(path, content):
+    "A MATLAB file"
+    with replacing(path) as part, open(part, 'wb') as f: savemat(f, content)
 
 # %% ../nbs/19_miniature.ipynb #144d234a
 def _caltech101(root, rng, classes, n):
@@ -116,27 +120,25 @@ def _flowers(root, rng, classes, n):
             labels.append(label + 1)
             _save(im, base, 'jpg', f'image_{at + i:05d}.jpg')
         at += len(made)
-    savemat(base/'setid.mat', ids)
-    savemat(base/'imagelabels.mat', dict(labels=[labels]))
+    _mat(base/'setid.mat', ids)
+    _mat(base/'imagelabels.mat', dict(labels=[labels]))
 
 def _stanfordcars(root, rng, classes, n):
     "Numbered images; boxes, label and file name in a struct array"
     base = root/'stanford_cars'
-    (base/'devkit').mkdir(parents=True, exist_ok=True)
     fields = [(f, object) for f in ('bbox_x1', 'bbox_y1', 'bbox_x2', 'bbox_y2', 'class', 'fname')]
     for split, path in (('train', 'devkit/cars_train_annos.mat'), ('test', 'cars_test_annos_withlabels.mat')):
         made = pictures('StanfordCars', rng, classes, n)
-        savemat(base/path, dict(annotations=np.array([[(1, 1, *im.size, np.uint8(k + 1), f'{i + 1:05d}.jpg') for i, (k, _, _, im) in enumerate(made)]], fields)))
+        _mat(base/path, dict(annotations=np.array([[(1, 1, *im.size, np.uint8(k + 1), f'{i + 1:05d}.jpg') for i, (k, _, _, im) in enumerate(made)]], fields)))
         for i, (*_, im) in enumerate(made): _save(im, base, f'cars_{split}', f'{i + 1:05d}.jpg')
-    savemat(base/'devkit/cars_meta.mat', dict(class_names=np.array([[c for _, c in chosen('StanfordCars', classes)]], object)))
+    _mat(base/'devkit/cars_meta.mat', dict(class_names=np.array([[c for _, c in chosen('StanfordCars', classes)]], object)))
 
 # %% ../nbs/19_miniature.ipynb #25a5548d
 def _cifar100(root, rng, classes, n):
     "Pickled dicts: rows of 3 x 32 x 32 bytes, fine labels; the names in `meta`"
     base = root/'cifar-100-python'
-    base.mkdir(parents=True, exist_ok=True)
     def dump(name, content):
-        with open(base/name, 'wb') as f: pickle.dump(content, f, protocol=2)
+        with replacing(base/name) as part, open(part, 'wb') as f: pickle.dump(content, f, protocol=2)
     for split in ('train', 'test'):
         made = pictures('CIFAR100', rng, classes, n, (32, 32))
         dump(split, dict(data=np.stack([np.asarray(im).transpose(2, 0, 1).ravel() for *_, im in made]), fine_labels=[k for k, *_ in made]))
@@ -145,12 +147,11 @@ def _cifar100(root, rng, classes, n):
 def _mnist(root, rng, classes, n):
     "Two idx files per split"
     base = root/'MNIST/raw'
-    base.mkdir(parents=True, exist_ok=True)
     for split in ('train', 't10k'):
         made = pictures('MNIST', rng, classes, n, (28, 28))
         images, labels = np.stack([np.asarray(im.convert('L')) for *_, im in made]), np.array([label for _, label, *_ in made], 'uint8')
         for kind, a in (('images-idx3', images), ('labels-idx1', labels)):
-            (base/f'{split}-{kind}-ubyte').write_bytes(bytes([0, 0, 8, a.ndim]) + np.array(a.shape, '>i4').tobytes() + a.tobytes())
+            with replacing(base/f'{split}-{kind}-ubyte') as part: part.write_bytes(bytes([0, 0, 8, a.ndim]) + np.array(a.shape, '>i4').tobytes() + a.tobytes())
 
 # %% ../nbs/19_miniature.ipynb #f5a01198
 _WRITERS = {'Aircraft': _aircraft, 'Caltech101': _caltech101, 'CIFAR100': _cifar100, 'DTD': _dtd, 'EuroSAT': _eurosat, 'Flowers': _flowers,
