@@ -53,10 +53,10 @@ def narrowed(
     start:Tensor, # (r, 2 width + 1) neurons to start from
 )->State: # of rank r
     "One expert from the neurons of several."
-    n, d = torch.tensor([len(p) for p in parts]), biases.shape[1]
-    w = weights.to(start.dtype).repeat_interleave(n)
+    n, d, weights = torch.tensor([len(p) for p in parts], device=start.device), biases.shape[1], weights.to(start)
+    w = weights.repeat_interleave(n)
     C, _ = k_means(torch.cat(parts), w, start)
-    share = weights.to(start.dtype) * n / w.sum()                               # (sources,) sums to 1
+    share = weights * n / w.sum()                               # (sources,) sums to 1
     return {'down.weight': C[:, :d].clone(), 'down.bias': C[:, d].clone(), 'up.weight': C[:, d+1:].T.clone(), 'up.bias': share @ biases}
 
 # %% ../../nbs/rewrites/06_dern.ipynb #a046f334
@@ -125,4 +125,4 @@ def recombine(
     "The neurons of all sources, clustered to the width of the first (idea of arXiv 2509.10377); equal weights if nobody was used."
     z = [balance(s) for s in states]
     weights = counts.double() if counts.any() else torch.ones(len(z))
-    return narrowed([neurons(s) for s in z], weights.cpu(), torch.stack([s['up.bias'] for s in z]), neurons(z[0]))
+    return narrowed([neurons(s) for s in z], weights, torch.stack([s['up.bias'] for s in z]), neurons(z[0]))
