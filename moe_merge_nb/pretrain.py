@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from .backbone import pico, pico_tokenizer, towers
 from .encode import encode_text
+from .files import replacing
 from .pictures import Bank
 from .tasks import Task, normalise, prompts, stack
 from .views import augment, backgrounds
@@ -174,8 +175,7 @@ def stage_images(
             history.append((step + 1, loss.item(), (logits.argmax(1) == c).float().mean().item()))
             bar.set_postfix(loss=f'{np.mean([h[1] for h in history[-8:]]):.2f}', acc=f'{np.mean([h[2] for h in history[-8:]]):.2f}', s=f'{strength(step, steps):.2f}', refresh=False)
         if checkpoint and (step % 250 == 249 or step == steps - 1):
-            torch.save(dict(step=step + 1, seconds=time.time() - start, history=history, model=model.state_dict(), vectors=vectors.data, opt=opt.state_dict()), f'{checkpoint}.new')
-            Path(f'{checkpoint}.new').replace(checkpoint)
+            with replacing(checkpoint) as part: torch.save(dict(step=step + 1, seconds=time.time() - start, history=history, model=model.state_dict(), vectors=vectors.data, opt=opt.state_dict()), part)
     return vectors.detach(), history, time.time() - start
 
 # %% ../nbs/23_pretrain.ipynb #251cbf9e

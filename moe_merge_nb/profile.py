@@ -29,6 +29,7 @@ from .backbone import load_clip
 from .bench import machine
 from .compare import make_case, mode, train_ours
 from .config import method
+from .files import write_json
 from .images import open_image, train_transform
 from .loop import run
 from .mini import mini
@@ -194,7 +195,7 @@ def measure(path:str|Path, threads:int=1, tasks:int=11):
     seconds = sampled(lambda: run(first(stream, tasks), method('moe_merge'), progress=False))
     photographs = [loading(size) for size in ((320, 256), (500, 375), (1024, 683))]
     tables = dict(iteration={of: parts.round(3).to_dict() for of, parts in found.items()}, run=seconds.round(2).to_dict(), photographs=photographs)
-    Path(path).write_text(json.dumps(dict(provenance=machine(), tasks=tasks, **tables), indent=1) + '\n', encoding='utf-8')
+    write_json(path, dict(provenance=machine(), tasks=tasks, **tables))
 
 def stored()->dict: # 'provenance', 'iteration' (ms), 'run' (s), 'photographs'
     "The profile that comes with the package."

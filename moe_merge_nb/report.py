@@ -10,7 +10,6 @@ __all__ = ['SAME', 'NOTEBOOKS', 'DROPPED', 'SETUP', 'STYLE', 'SHELL', 'distingui
 import argparse
 import html
 import json
-import os
 import re
 import sys
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from .files import write_text
 from .measured import ordered
 from .results import RUN, Result, accuracy_matrix, load_result, load_results, selectors
 from .tables import table
@@ -177,10 +177,7 @@ def report(paths, results, # the runs, from `load_runs(paths)`
     nb = joined(paths, notebooks)
     errors = executed(nb, progress)
     nb.cells[0].outputs = [o for o in nb.cells[0].outputs if o.output_type == 'error']
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f'.{out.name}.part')
-    part.write_text(page(nb, results), encoding='utf-8')
-    os.replace(part, out)
+    write_text(out, page(nb, results))
     return out, errors
 
 def main(argv=None)->int:
