@@ -9,8 +9,7 @@ __all__ = ['PARTS', 'stream_of', 'method_of', 'again']
 import inspect
 from .backbone import load_clip
 from .callbacks import FreezeMostUsed
-from .cli import GIVEN
-from .config import STREAMS
+from .config import GIVEN, STREAMS
 from .icarl import ICaRL
 from .loop import run
 from .lwf import LwF

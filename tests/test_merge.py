@@ -10,7 +10,7 @@ from moe_merge_nb.merge import *
 
 def test_merging_identical_experts_is_the_identity():
     state = read(Expert(8, 3))
-    for combine in COMBINE.values():
+    for combine in (mean, usage_weighted):
         merged = combine([state, state], torch.tensor([5, 3]), None)
         for name in state: torch.testing.assert_close(merged[name], state[name])
 
@@ -56,6 +56,10 @@ def test_a_new_expert_can_be_balanced_and_aligned():
 def test_impossible_choices_are_refused_by_field():
     for field, value in dict(every=0, until=1.5, n_sources=1, window='all', router='best', combine='no_such').items():
         with pytest.raises(ValueError, match=f'merge.{field}'): Merge(**{field: value})
+
+
+def test_every_name_stands_for_a_function():
+    for name in COMBINE: assert callable(resolve(name)) and Merge(combine=name)
 
 
 def test_any_importable_function_can_combine():

@@ -19,7 +19,7 @@ def test_recovery_trains_the_experts_that_are_left_and_nothing_else():
     for p in net.moes.parameters(): torch.nn.init.normal_(p, std=.1)
     small = rewrite(net, calibrate(net, tok, toys, images=8), average, 2)
     state, old = torch.get_rng_state(), {k: v.clone() for k, v in small.state_dict().items()}
-    done = recover(small, net, tok, toys, iterations=6, batch=8)
+    done = recover(small, net, tok, toys, iterations=6, images=8)
     assert torch.equal(torch.get_rng_state(), state)
     changed = {k for k, v in done.state_dict().items() if not torch.equal(v, old[k])}
     assert changed and all('.experts.' in k for k in changed), sorted(changed)[:3]
@@ -41,7 +41,7 @@ def test_a_sweep_that_was_cut_off_goes_on():
     with tempfile.TemporaryDirectory() as d:
         kw = dict(file=f'{d}/rows.csv', iterations=0, seed=3, commit='c')
         rows = reductions(net, tok, toys, dict(average=average), [2, 3], init='own', **kw)
-        with patch.object(module, 'reduction', wraps=reduction) as counted: rows = reductions(net, tok, toys, rules, [2, 3], init='own', **kw)
+        with patch.object(module, 'reduction', wraps=reduction) as counted: rows = module.reductions(net, tok, toys, rules, [2, 3], init='own', **kw)
         assert counted.call_count == 2 and list(rows.rule) == ['average', 'average', 'drop', 'drop']
         assert len(reductions(net, tok, toys, rules, [2], init='shared', **kw)) == 6
     assert (rows.experts == rows.budget * len(net.moes)).all()

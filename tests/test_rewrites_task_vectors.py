@@ -9,7 +9,7 @@ from moe_merge_nb.experts import Expert, make_experts, read, write
 from moe_merge_nb.merge import Merge, mean, merge_once
 from moe_merge_nb.moe import MoE
 from moe_merge_nb.rewrites.bank import bank
-from moe_merge_nb.rewrites.group import average, merge_groups, rewrite
+from moe_merge_nb.rewrites.group import average, merge_groups, reduce_by, rewrite
 from moe_merge_nb.rewrites.statistics import calibrate
 from moe_merge_nb.rewrites.task_vectors import *
 from moe_merge_nb.tasks import toy_stream

@@ -102,12 +102,12 @@ def mcsmoe(
     keep:float=0.25, # kappa, share of rows of the rest that are kept
     importance:str='output', # of a row of the rest: 'output' or 'magnitude'
     similarity:str|Callable='router_logits', # see `msmoe`
-)->list[Bank]: # dense; `n_stored_parameters` counts what would be stored
+)->list[Bank]: # dense; `stored` says what would be needed
     "`msmoe`, then every matrix as low rank plus a few rows (MC-SMoE, arXiv 2310.01334)."
     if importance not in ('magnitude', 'output'): raise ValueError(f"importance is {importance!r}: choose 'output' or 'magnitude'")
     if ratio < 0 or not 0 <= keep <= 1: raise ValueError(f'ratio is {ratio} and keep {keep}: choose a share of 0 or more, and one from 0 to 1')
     compressed = lambda b, s: [losparse(e, s.tokens if importance == 'output' else None, ratio, keep) for e in b.states]
-    return [replace(b, states=compressed(b, s)) for b, s in zip(msmoe(banks, stats, budget, similarity), stats)]
+    return [replace(b, states=compressed(b, s), stored=n_stored_parameters([b], ratio, keep)) for b, s in zip(msmoe(banks, stats, budget, similarity), stats)]
 
 # %% ../../nbs/rewrites/04_msmoe.ipynb #8fbab3ce
 def n_stored_parameters(

@@ -31,7 +31,7 @@ def split_neurons(
 def in_parts(b:Bank, m:int)->dict:
     "The fields of `b` that a split changes whoever selects: part i of expert j is expert j m + i."
     states = [part for s in b.states for part in split_neurons(s, m)]
-    return dict(states=states, always=b.always.repeat_interleave(m), base=b.base if m == 1 else None)
+    return dict(states=states, always=b.always.repeat_interleave(m), base=b.base if m == 1 else None, stored=b.stored if m == 1 else None)
 
 def union_of_experts(
     banks:list[Bank],
@@ -89,7 +89,7 @@ def grow(b:Bank, n:int, m:int, generator:torch.Generator)->Bank:
     columns = torch.randn(tasks, width, n, generator=generator) / width**.5
     gate = columns.repeat_interleave(m, dim=-1)                                         # (tasks, width, n m)
     return replace(b, states=split_neurons(b.states[0], m) * n, gate=gate, noise=torch.zeros_like(gate), place=m * torch.eye(n * m),
-                   always=torch.zeros(n * m), select=partial(top_k_gates, k=m), base=None)
+                   always=torch.zeros(n * m), select=partial(top_k_gates, k=m), base=None, stored=None)
 
 # %% ../../nbs/rewrites/09_split.ipynb #22aeccd7
 def unweighted(

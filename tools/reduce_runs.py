@@ -1,0 +1,31 @@
+"""Leave fewer experts in finished runs by every rule of `config.REWRITES`, without and with recovery; one row is kept as soon as it is known.
+
+    python tools/reduce_runs.py shared runs/shared/*          # adapters trained with experts.shared_init=true
+    python tools/reduce_runs.py own runs/study/moe-seed*      # the others: rules that need a common start are left out"""
+import argparse
+from pathlib import Path
+import torch
+from moe_merge_nb.config import REWRITES
+from moe_merge_nb.reproduce import stream_of
+from moe_merge_nb.results import load_result
+from moe_merge_nb.rewrites.reduce import reductions
+from moe_merge_nb.share import load
+
+SHARED_ONLY = ('task_arithmetic', 'ties', 'dare_ties', 'doge')
+OUT = Path(__file__).parents[1]/'moe_merge_nb'/'data'/'measured'/'reductions.csv'
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('init', choices=['shared', 'own'], help='how the experts of these runs began')
+    p.add_argument('runs', nargs='+', help='run directories')
+    p.add_argument('--rules', nargs='+', choices=list(REWRITES), help='default: all that can work with these runs')
+    p.add_argument('--budgets', nargs='+', type=int, default=[16, 11, 6, 3], help='experts per block')
+    p.add_argument('--recover', type=int, default=55, help='iterations of recovery, 0: none')
+    p.add_argument('--out', default=OUT)
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    names = a.rules or [r for r in REWRITES if a.init == 'shared' or r not in SHARED_ONLY]
+    for run in a.runs:
+        config, shared = load_result(run).config, load(run)
+        about = dict(init=a.init, seed=config['seed'], commit=config.get('commit'))
+        reductions(shared.model, shared.tokenizer, stream_of(config), {n: REWRITES[n] for n in names}, a.budgets, a.out, a.recover, **about)
