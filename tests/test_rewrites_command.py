@@ -14,14 +14,14 @@ def test_a_run_is_made_smaller_and_saved():
     import tempfile
     from moe_merge_nb.cli import composed, job
     from moe_merge_nb.rewrites.reduce import load_banks
-    tiny = 'stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=4', 'train.warmup=1', 'train.batch=8', 'experts.n_experts=4', 'experts.rank=2', 'selectors=[oracle]', 'experts.shared_init=true'
+    tiny = 'stream=toy', 'stream.n_tasks=2', 'stream.n_test=6', 'stream.n_train=12', 'model=random', 'train.iterations=4', 'train.warmup=1', 'train.batch=8', 'experts.n_experts=4', 'experts.rank=2', 'selectors=[oracle]', 'experts.shared_init=true'
     from moe_merge_nb.config import REWRITES, SPLITS
     with tempfile.TemporaryDirectory() as d:
         result = job(composed(*tiny), d, progress=False)
         for name in REWRITES:
             table, out = rewrite_run(d, name, 2)
-            small, about = load_banks(out/'banks.safetensors')
-            assert list(table.index) == [*result.config['tasks'], 'mean'] and about['rule'] == name
+            small, said = load_banks(out/'banks.safetensors')
+            assert list(table.index) == [*result.config['tasks'], 'mean'] and said['rule'] == name
             if 'prune' not in name: assert sum(len(b.states) for b in small) == 2 * len(small)
         row = result.matrix[result.matrix.after == result.config['tasks'][-1]].accuracy
         torch.testing.assert_close(torch.tensor(table.before[:2].to_list()), torch.tensor(row.to_list()))
