@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOT_IN_NAMES', 'REWRITE', 'HYDRA', 'method_options', 'setting', 'stream_options', 'experiment_options', 'short',
            'configure', 'composed', 'UsageError', 'made', 'method_of', 'parameters', 'job', 'accelerator', 'saved',
-           'show', 'main', 'command', 'rewritten']
+           'show', 'tidy', 'main', 'command', 'rewritten']
 
 # %% ../nbs/81_cli.ipynb #8df1fd80
 import hashlib
@@ -173,6 +173,10 @@ def show(result:Result, directory:str):
     "The three numbers of every selector, and where the run is."
     print(summary(result).round(2).to_string(index=False), f'\n{os.path.relpath(directory)}')
 
+def tidy(directory:str):
+    "Remove a directory that Hydra made and nothing was written to."
+    if Path(directory).is_dir() and not any(Path(directory).iterdir()): os.removedirs(directory)
+
 def main():
     "Entry point of `moe-merge`; its arguments are Hydra's. Functions of your own are found in the working directory."
     sys.path.insert(0, os.getcwd())
@@ -187,7 +191,7 @@ def command(cfg:DictConfig)->float:
         if cfg.rewrite is not None: return rewritten(cfg, here.runtime.output_dir)
         result = job(cfg, here.runtime.output_dir, dict(position=here.job.num % 8, leave=False) if sweep else True)
     except UsageError as e:
-        if not any(Path(here.runtime.output_dir).iterdir()): os.removedirs(here.runtime.output_dir)
+        tidy(here.runtime.output_dir)
         if sweep: raise
         sys.exit(f'moe-merge: {e}')
     except KeyboardInterrupt as e:
@@ -199,7 +203,7 @@ def command(cfg:DictConfig)->float:
 # %% ../nbs/81_cli.ipynb #6b2eab5e
 def rewritten(cfg:DictConfig, directory:str)->float: # Last in %
     "Rewrite the run `cfg.from` and show what that did; `directory`, made by Hydra, is not needed."
-    if Path(directory).is_dir() and not any(Path(directory).iterdir()): os.removedirs(directory)
+    tidy(directory)
     if cfg['from'] is None: raise UsageError('rewrite needs from=RUN, the directory of a finished run, and budget=NUMBER of experts per block (or parts=NUMBER for a split)')
     torch.set_num_threads(cfg.threads)
     try: rows, where = rewrite_run(cfg['from'], cfg.rewrite, cfg.budget, cfg.parts, cfg.recover, root=cfg.get('root'))

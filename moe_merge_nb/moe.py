@@ -49,6 +49,7 @@ class MoE(nn.Module):
         self.register_buffer('frozen', torch.zeros(n_experts, dtype=torch.bool))
         self.register_buffer('place', None)                                     # (columns, experts), after a rewrite; see `placed`
         self.register_buffer('always', None)                                    # (experts,)
+        self.stored = None                                                      # numbers that need storing, after a rewrite that compresses
 
     def add_task(self):
         "Grow a router for the next task; the earlier ones are closed for training."

@@ -9,6 +9,7 @@ from moe_merge_nb.rewrites.bank import *
 
 
 def test_out_and_back_changes_nothing():
+    from dataclasses import replace
     torch.manual_seed(0)
     small = AdaptedCLIP(load_clip(pretrained='random')[0], n_experts=6, rank=4, shared_init=True).eval()
     for _ in range(2): small.add_task()
@@ -18,6 +19,7 @@ def test_out_and_back_changes_nothing():
     for task in (0, 1):
         torch.testing.assert_close(again.encode_image(u, task), small.encode_image(u, task))
         torch.testing.assert_close(again.encode_text(tokens, task), small.encode_text(tokens, task))
+    assert n_expert_parameters(banks(with_banks(small, [replace(b, stored=3) for b in banks(small)]))) == 3 * len(small.moes)
     assert again.clip is small.clip and small.moes[0].place is None
     for name, t in read(small.moes[0].base).items(): assert torch.equal(read(again.moes[0].base)[name], t)
 

@@ -11,7 +11,20 @@ from moe_merge_nb.rewrites.reduce import *
 from moe_merge_nb.rewrites.statistics import calibrate
 
 
+def test_last_is_the_last_row_of_the_matrix():
+    from moe_merge_nb.evaluate import evaluate
+    from moe_merge_nb.select import Oracle
+    torch.manual_seed(0)
+    clip_, tok = load_clip()
+    toys, net = toy_stream(n_tasks=2), AdaptedCLIP(clip_, n_experts=3, rank=4).eval()
+    for _ in toys: net.add_task()
+    for p in net.moes.parameters(): torch.nn.init.normal_(p, std=.1)
+    oracle = Oracle().fit(None).fit(None)
+    assert last(net, tok, toys) == dict(evaluate(net, tok, toys, dict(oracle=oracle), 'x', progress=False).matrix[['task', 'accuracy']].values)
+
+
 def test_recovery_trains_the_experts_that_are_left_and_nothing_else():
+    from dataclasses import replace
     torch.manual_seed(0)
     clip_, tok = load_clip()
     toys, net = toy_stream(n_tasks=2), AdaptedCLIP(clip_, n_experts=4, rank=4).eval()
@@ -26,6 +39,7 @@ def test_recovery_trains_the_experts_that_are_left_and_nothing_else():
     assert all(torch.equal(v, old[k]) for k, v in small.state_dict().items())
     x = torch.stack([toys[0].train[i][0] for i in range(32)])
     words = tok(['a', 'b', 'c'])
+    with pytest.raises(ValueError, match='compressed'): recover(with_banks(small, [replace(b, stored=9) for b in banks(small)]), net, tok, toys)
     assert recovery_loss(logits_of(net, x, words, 0), logits_of(net, x, words, 0)).abs() < 1e-5
 
 

@@ -50,7 +50,7 @@ def bank(
     stack = lambda name: torch.stack([getattr(r, name).detach().cpu().clone() for r in moe.routers])
     if not moe.routers: raise ValueError(f'{moe.tower} block {moe.block} has learned no task: there is nothing to rewrite')
     place, always = (torch.eye(P), torch.zeros(P)) if moe.place is None else (moe.place.cpu().clone(), moe.always.cpu().clone())
-    return Bank(moe.tower, moe.block, [on_cpu(e) for e in moe.experts], stack('gate'), stack('noise'), place, always, moe.gate, moe.experts[0].scale, on_cpu(moe.base) if moe.base else None)
+    return Bank(moe.tower, moe.block, [on_cpu(e) for e in moe.experts], stack('gate'), stack('noise'), place, always, moe.gate, moe.experts[0].scale, on_cpu(moe.base) if moe.base else None, moe.stored)
 
 # %% ../../nbs/rewrites/01_bank.ipynb #befbddd7
 def layer(b:Bank, dropout:float=0.)->MoE: # in evaluation mode
@@ -63,7 +63,7 @@ def layer(b:Bank, dropout:float=0.)->MoE: # in evaluation mode
         router.gate.data, router.noise.data = b.gate[t].clone(), b.noise[t].clone()
         moe.routers.append(router)
     if b.base: moe.base = copy.deepcopy(moe.experts[0]); write(moe.base, b.base)
-    moe.place, moe.always = b.place.clone(), b.always.clone()
+    moe.place, moe.always, moe.stored = b.place.clone(), b.always.clone(), b.stored
     return moe.requires_grad_(False).eval()
 
 def banks(model:AdaptedCLIP)->list[Bank]: # image tower first, from the input up

@@ -19,28 +19,30 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from ..adapt import AdaptedCLIP
 from ..checkpoint import read_tree, write_tree
-from ..evaluate import evaluate
 from ..files import replacing
 from .bank import Bank, banks, n_expert_parameters, with_banks
 from .group import Rule, rewrite
 from .split import unweighted
 from .statistics import Statistics, calibrate
 from ..router import top_k_gates
-from ..select import Oracle
 from ..tasks import Stream, Task, prompts
 from ..train import class_logits, lr_factor
 
 # %% ../../nbs/rewrites/11_reduce.ipynb #c407c208
+@torch.no_grad()
 def last(
     model:AdaptedCLIP, # that has learned the stream
     tokenizer, # texts -> (n, context)
     stream:Stream,
+    batch:int=100, # images per pass
 )->dict[str, float]: # task -> accuracy in %
     "Accuracy on every task, with its own routers."
-    oracle = Oracle()
-    for _ in stream: oracle.fit(None)
-    rows = evaluate(model, tokenizer, stream, {'oracle': oracle}, stream.names[-1], progress=False).matrix
-    return dict(zip(rows.task, rows.accuracy))
+    right, device = {}, model.logit_scale.device
+    for t, task in enumerate(stream):
+        texts = model.encode_prompts(tokenizer(prompts(task)).to(device), t)
+        hits = [class_logits(model.encode_image(x.to(device), t), texts, model.logit_scale).argmax(1).cpu() == y for x, y in DataLoader(task.test, batch)]
+        right[task.name] = 100 * float(torch.cat(hits).double().mean())
+    return right
 
 # %% ../../nbs/rewrites/11_reduce.ipynb #4d83b886
 def softened(logits:Tensor, tau:float)->Tensor: # (n, classes) log-probabilities
@@ -79,6 +81,7 @@ def recover(
 )->AdaptedCLIP:
     "Train the experts that are left to say what all of them said; the random state of the caller is left as it was."
     if iterations < 1: raise ValueError(f'iterations is {iterations}: choose 1 or more')
+    if any(m.stored is not None for m in model.moes): raise ValueError('these experts are compressed, and trained freely they would not stay so: choose a recovery of 0 iterations')
     new, device = with_banks(model, banks(model)), model.logit_scale.device
     experts = [p.requires_grad_(True) for moe in new.moes for p in moe.experts.parameters()]
     optimizer, g = torch.optim.AdamW(experts, lr=lr, weight_decay=0.), torch.Generator().manual_seed(seed)
@@ -106,7 +109,7 @@ def reduction(
     row = dict(experts=sum(len(m.experts) for m in small.moes), parameters=n_expert_parameters(banks(small)), seconds=time.process_time() - begin)
     mean = lambda m: sum(last(m, tokenizer, stream).values()) / len(stream)
     row['last'], begin = mean(small), time.process_time()
-    if not iterations: return row
+    if not iterations or any(m.stored is not None for m in small.moes): return row                # trained, compressed experts would be compressed no longer
     fitted = recover(small, model, tokenizer, stream, iterations)
     return row | dict(recovery_seconds=time.process_time() - begin, recovered=mean(fitted))
 
