@@ -12,6 +12,8 @@ from moe_merge_nb.rewrites.statistics import calibrate
 
 
 def test_last_is_the_last_row_of_the_matrix():
+    from dataclasses import replace
+    from moe_merge_nb.tasks import Stream
     from moe_merge_nb.evaluate import evaluate
     from moe_merge_nb.select import Oracle
     torch.manual_seed(0)
@@ -20,6 +22,7 @@ def test_last_is_the_last_row_of_the_matrix():
     for _ in toys: net.add_task()
     for p in net.moes.parameters(): torch.nn.init.normal_(p, std=.1)
     oracle = Oracle().fit(None).fit(None)
+    toys = Stream('toys', tuple(replace(t, templates=(*t.templates, 'no {} at all')) for t in toys))
     assert last(net, tok, toys) == dict(evaluate(net, tok, toys, dict(oracle=oracle), 'x', progress=False).matrix[['task', 'accuracy']].values)
 
 

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from ..adapt import AdaptedCLIP
 from ..checkpoint import read_tree, write_tree
+from ..evaluate import cosine_logits
+from ..features import class_embeddings
 from ..files import replacing
 from .bank import Bank, banks, n_expert_parameters, with_banks
 from .group import Rule, rewrite
@@ -39,8 +41,8 @@ def last(
     "Accuracy on every task, with its own routers."
     right, device = {}, model.logit_scale.device
     for t, task in enumerate(stream):
-        texts = model.encode_prompts(tokenizer(prompts(task)).to(device), t)
-        hits = [class_logits(model.encode_image(x.to(device), t), texts, model.logit_scale).argmax(1).cpu() == y for x, y in DataLoader(task.test, batch)]
+        texts = class_embeddings(model, tokenizer, task, t)                     # the mean over all of the task's prompts
+        hits = [cosine_logits(model, model.encode_image(x.to(device), t), texts).argmax(1) == y for x, y in DataLoader(task.test, batch)]
         right[task.name] = 100 * float(torch.cat(hits).double().mean())
     return right
 
