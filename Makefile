@@ -38,6 +38,10 @@ measure: install
 	$(BIN)/moe-merge -m experiment=study
 	$(BIN)/moe-merge -m experiment=baselines
 	$(BIN)/moe-merge -m experiment=demo
+	$(BIN)/moe-merge -m experiment=shared
+	$(BIN)/moe-merge -m experiment=combine
+	$(BIN)/moe-merge -m experiment=combine_aligned
+	$(BIN)/python tools/reduce_runs.py shared runs/shared/*
 	$(BIN)/python tools/pack_runs.py
 
 docs: install

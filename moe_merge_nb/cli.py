@@ -60,8 +60,9 @@ def stream_options(make, protocol:str, **given)->dict:
 def experiment_options(name:str, grid:dict)->dict:
     "A named sweep: a folder per job, as many jobs at once as there are cores."
     params = {k: ','.join(str(v) for v in values) for k, values in grid.items()}
+    swept = ''.join(f'-${{{k}}}' for k, values in grid.items() if len(values) > 1 and k not in ('method', 'seed'))
     return dict(defaults=['_self_', {'override /hydra/launcher': 'joblib'}],
-                hydra=dict(sweep=dict(dir=f'runs/{name}', subdir='${name}-seed${seed}'), sweeper=dict(params=params)))
+                hydra=dict(sweep=dict(dir=f'runs/{name}', subdir='${name}' + swept + '-seed${seed}'), sweeper=dict(params=params)))
 
 NOT_IN_NAMES = ['root', 'device', 'track', 'threads', 'lists', 'cache_mb', 'save_every']                         # where files are and what runs: not part of a run directory's name
 REWRITE = {'rewrite': None, 'budget': None, 'parts': None, 'from': None, 'recover': 0}                                           # see rewrites/12_command

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STREAMS', 'MODELS', 'SEEN', 'FILES', 'GIVEN', 'TRAIN', 'EXPERTS', 'SELECTORS', 'MTIL_TASKS', 'MTIL_LR', 'MTIL_FEW_LR',
            'FULL', 'MTIL_FULL_LR', 'MINI_HEADS', 'MTIL_HEADS', 'MINI_FULL_LR', 'MINI_BASELINES', 'MTIL_BASELINES',
-           'PROTOCOLS', 'PROTOCOL_OF', 'METHODS', 'REWRITES', 'SPLITS', 'EXPERIMENTS', 'Protocol', 'methods', 'method']
+           'PROTOCOLS', 'PROTOCOL_OF', 'METHODS', 'REWRITES', 'SPLITS', 'FRESH', 'EXPERIMENTS', 'Protocol', 'methods',
+           'method']
 
 # %% ../nbs/80_config.ipynb #ca2e7a7f
 from dataclasses import dataclass, replace
@@ -125,8 +126,12 @@ REWRITES = {'average': average, 'drop_least_used': drop_least_used, 'drop_least_
 SPLITS = {'union_of_experts': union_of_experts, 'select_parts': select_parts, 'fine_grained': fine_grained}     # banks, number of parts -> banks
 
 # %% ../nbs/80_config.ipynb #76c73900
+FRESH = [100, 101, 102, 103, 104]                                                # seeds that no setting was chosen with
 EXPERIMENTS = {
     'demo': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[0]),
-    'study': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[100, 101, 102, 103, 104]),
+    'study': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=FRESH),
     'baselines': dict(method=['zscl', 'icarl', 'lwf', 'wise_ft', 'rail', 'rail_kernel'], seed=[100, 101, 102]),
+    'shared': {'method': ['moe'], 'experts.shared_init': [True], 'selectors': ['[oracle,gaussian]'], 'seed': FRESH},
+    'combine': {'method': ['moe_merge'], 'experts.shared_init': [True], 'selectors': ['[oracle,gaussian]'], 'merge.combine': ['mean', 'ties', 'dern', 'task_arithmetic', 'doge'], 'seed': FRESH},
+    'combine_aligned': {'method': ['moe_merge'], 'experts.shared_init': [True], 'selectors': ['[oracle,gaussian]'], 'merge.combine': ['usage_weighted'], 'merge.align': [True], 'seed': FRESH},
 }
