@@ -1,4 +1,4 @@
-"""Kill a small run with SIGKILL at random moments, start it again, and compare what it ends with to the undisturbed run, byte for byte.
+"""Kill a small run with SIGKILL at random moments of each phase, start it again, and compare what it ends with to the undisturbed run, byte for byte.
 
     python tools/kill_test.py 100 --out moe_merge_nb/data/kills.csv
 
@@ -21,6 +21,7 @@ from moe_merge_nb.train import Train
 from moe_merge_nb.zscl import ZSCL
 
 PHASES = ['beginning', 'training', 'saving', 'evaluation', 'the end']
+AIMS = ['training', 'saving', 'evaluation', 'any'] # of the kills, in turns
 COLUMNS = ['case', 'method', 'kill', 'phase', 'task', 'iteration', 'seconds', 'equal']
 
 def tiny():
@@ -91,18 +92,20 @@ def contents(directory)->dict:
     "What must be equal: matrix, choices, usage, frozen experts, events, weights."
     return {p.name: p.read_bytes() for p in sorted(Path(directory).iterdir()) if p.suffix in ('.csv', '.jsonl', '.safetensors', '.sha256')}
 
-def kill(pid:int, phase:mmap.mmap, rng:random.Random, seconds:float)->bool: # False: it was through before
-    "SIGKILL at a random moment of the run, of one of its saves, or of one of its evaluations."
-    begin, how = time.perf_counter(), rng.choice(['any', 'any', 'saving', 'evaluation'])
-    at, nth, task, wait = rng.uniform(0, seconds), rng.randint(1, 14), rng.randint(0, 2), rng.uniform(0, .02)
-    now = lambda: struct.unpack('4i', phase[:])
-    until = dict(any=lambda: time.perf_counter() - begin > at, saving=lambda: now()[1] >= nth, evaluation=lambda: now()[0] == 3 and now()[2] == task)[how]
-    while not until() and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(2e-4)
-    if how != 'any': time.sleep(wait)
-    os.kill(pid, signal.SIGKILL)
-    return end(pid) == -signal.SIGKILL
+def kill(pid:int, phase:mmap.mmap, rng:random.Random, seconds:float, aim:str)->bool: # False: it was through before
+    "SIGKILL at a random moment of the run, or of the phase `aim`: the process is stopped, and goes on if it has left that phase in the meantime."
+    now, task, iteration, until = lambda: struct.unpack('4i', phase[:]), rng.randint(0, 1), rng.randint(1, 9), time.perf_counter() + rng.uniform(0, seconds)
+    there = lambda: time.perf_counter() > until if aim == 'any' else PHASES[now()[0]] == aim and now()[2:] >= (task, iteration)
+    while True:
+        while not there() and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(2e-4)
+        time.sleep(rng.uniform(0, .002))
+        os.kill(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        hit = there()                                                           # while it is stopped nothing changes
+        os.kill(pid, signal.SIGKILL if hit else signal.SIGCONT)
+        if hit or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): return end(pid) == -signal.SIGKILL
 
-def case(i:int, method, straight:tuple, backbone, accelerator, rng:random.Random):
+def case(i:int, method, straight:tuple, backbone, accelerator, rng:random.Random, before:int):
     "Rows of one case: one or two kills, then to the end."
     files, seconds = straight
     rows, phase = [], mmap.mmap(-1, 16)
@@ -111,7 +114,7 @@ def case(i:int, method, straight:tuple, backbone, accelerator, rng:random.Random
             phase[:] = bytes(16)
             begin = time.perf_counter()
             pid = child(method, d, backbone, accelerator, phase)
-            if kill(pid, phase, rng, seconds):
+            if kill(pid, phase, rng, seconds, AIMS[(before + len(rows)) % len(AIMS)]):
                 what, _, task, iteration = struct.unpack('4i', phase[:])
                 rows.append(dict(case=i, method=method.name, kill=k, phase=PHASES[what], task=task, iteration=iteration, seconds=round(time.perf_counter() - begin, 3)))
         code = end(child(method, d, backbone, accelerator, phase))
@@ -122,20 +125,20 @@ def main(n:int, seed:int, out:str|None):
     torch.set_num_threads(1)
     backbone, accelerator, rng = (tiny(), pico_tokenizer()), Accelerator(cpu=True), random.Random(seed)
     straight, rows, i = {}, [], 0
-    while len(rows) < n:
+    while len(rows) < n and i < 5 * n:                                          # a kill that came too late is none
         method = methods()[i % 6]
         if method.name not in straight:
             with scratch() as d:
                 begin = time.perf_counter()
                 if end(child(method, d, backbone, accelerator, mmap.mmap(-1, 16))): sys.exit('the undisturbed run failed')
                 straight[method.name] = contents(d), time.perf_counter() - begin
-        rows += case(i, method, straight[method.name], backbone, accelerator, rng)
+        rows += case(i, method, straight[method.name], backbone, accelerator, rng, len(rows))
         i += 1
     phases = {p: sum(r['phase'] == p for r in rows) for p in PHASES}
     print(f'{len(rows)} kills in {i} runs: {phases}; all equal: {all(r["equal"] for r in rows)}')
     if out:
         with open(out, 'w', newline='') as f: (w := csv.DictWriter(f, COLUMNS, lineterminator='\n')).writeheader(); w.writerows(rows)
-    return 0 if all(r['equal'] for r in rows) else 1
+    return 0 if len(rows) >= n and all(r['equal'] for r in rows) else 1
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
