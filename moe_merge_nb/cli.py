@@ -190,6 +190,7 @@ def command(cfg:DictConfig)->float:
     sweep = here.mode.name == 'MULTIRUN'
     try:
         if cfg.rewrite is not None: return rewritten(cfg, here.runtime.output_dir)
+        if given := [k for k in REWRITE if cfg[k]]: raise UsageError(f'{given[0]} is given without rewrite: say rewrite=RULE, or leave {", ".join(given)} out')
         result = job(cfg, here.runtime.output_dir, dict(position=here.job.num % 8, leave=False) if sweep else True)
     except UsageError as e:
         tidy(here.runtime.output_dir)

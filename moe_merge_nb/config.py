@@ -22,7 +22,7 @@ from .merge import Merge
 from .mini import mini
 from .rail import Rail
 from .rewrites.dern import dern
-from .rewrites.doge import doge_relative
+from .rewrites.doge import doge, doge_relative
 from .rewrites.group import average, drop_least_used, drop_random, reduce_by
 from .rewrites.msmoe import mcsmoe, msmoe
 from .rewrites.split import fine_grained, select_parts, union_of_experts
@@ -117,10 +117,11 @@ def method(
     return replace(methods(PROTOCOLS[few if shots and few in PROTOCOLS else protocol])[name], **changes)
 
 # %% ../nbs/80_config.ipynb #19114f5f
-REWRITES = {'average': average, 'drop_least_used': drop_least_used, 'drop_least_mass': partial(drop_least_used, score='mass'), 'drop_random': drop_random,                 # controls
-            'msmoe': msmoe, 'mcsmoe': mcsmoe, 'submoe': submoe, 'submoe_aligned': partial(submoe, aligned=True), 'dern': dern,
-            'task_arithmetic': reduce_by(task_arithmetic), 'ties': reduce_by(ties), 'dare_ties': reduce_by(dare_ties),                          # these need experts.shared_init=true
-            'doge': reduce_by(doge_relative),
+REWRITES = {'drop_least_used': drop_least_used, 'drop_least_mass': partial(drop_least_used, score='mass'), 'drop_random': drop_random,            # controls
+            'average': average, 'average_mass': partial(average, score='mass'), 'msmoe': msmoe, 'msmoe_mass': partial(msmoe, score='mass'), 'mcsmoe': mcsmoe,
+            'submoe': submoe, 'submoe_aligned': partial(submoe, aligned=True), 'dern': dern, 'dern_gates': partial(dern, received=0),
+            'task_arithmetic': reduce_by(task_arithmetic), 'ties': reduce_by(ties), 'dare_ties': reduce_by(dare_ties),                              # these need experts.shared_init=true
+            'doge': reduce_by(doge), 'doge_relative': reduce_by(doge_relative),
             'prune_super': prune_super, 'prune_random': prune_random}
 
 SPLITS = {'union_of_experts': union_of_experts, 'select_parts': select_parts, 'fine_grained': fine_grained}     # banks, number of parts -> banks
@@ -132,6 +133,6 @@ EXPERIMENTS = {
     'study': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=FRESH),
     'baselines': dict(method=['zscl', 'icarl', 'lwf', 'wise_ft', 'rail', 'rail_kernel'], seed=[100, 101, 102]),
     'shared': {'method': ['moe'], 'experts.shared_init': [True], 'selectors': ['[oracle,gaussian]'], 'seed': FRESH},
-    'combine': {'method': ['moe_merge'], 'experts.shared_init': [True], 'selectors': ['[oracle,gaussian]'], 'merge.combine': ['mean', 'ties', 'dern', 'task_arithmetic', 'doge'], 'seed': FRESH},
+    'combine': {'method': ['moe_merge'], 'experts.shared_init': [True], 'selectors': ['[oracle,gaussian]'], 'merge.combine': ['mean', 'ties', 'dern', 'task_arithmetic', 'doge_relative'], 'seed': FRESH},
     'combine_aligned': {'method': ['moe_merge'], 'experts.shared_init': [True], 'selectors': ['[oracle,gaussian]'], 'merge.combine': ['usage_weighted'], 'merge.align': [True], 'seed': FRESH},
 }

@@ -77,7 +77,7 @@ def align(
 RULES = 'moe_merge_nb.rewrites'
 COMBINE = {'mean': mean, 'usage_weighted': usage_weighted, 'submoe': f'{RULES}.submoe.subspace', 'dern': f'{RULES}.dern.recombine',      # a name stands for where Python finds it
            'task_arithmetic': f'{RULES}.task_vectors.task_arithmetic', 'ties': f'{RULES}.task_vectors.ties', 'dare': f'{RULES}.task_vectors.dare', 'dare_ties': f'{RULES}.task_vectors.dare_ties',
-           'doge': f'{RULES}.doge.doge_relative'}                                                                                                         # task vectors need shared_init
+           'doge': f'{RULES}.doge.doge', 'doge_relative': f'{RULES}.doge.doge_relative'}                                                                                                         # task vectors need shared_init
 
 @dataclass(frozen=True)
 class Merge:

@@ -11,9 +11,9 @@ from moe_merge_nb.experts import Expert, read
 from moe_merge_nb.merge import Merge, mean, merge_once
 from moe_merge_nb.moe import MoE
 from moe_merge_nb.rewrites.doge import *
-from moe_merge_nb.rewrites.group import rewrite
+from moe_merge_nb.rewrites.group import reduce_by, rewrite
 from moe_merge_nb.rewrites.statistics import calibrate
-from moe_merge_nb.rewrites.task_vectors import reduce_by, task_vectors
+from moe_merge_nb.rewrites.task_vectors import task_vectors
 from moe_merge_nb.tasks import toy_stream
 
 

@@ -4,7 +4,7 @@
 import pytest, torch
 from moe_merge_nb.adapt import AdaptedCLIP
 from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.tasks import toy_stream
+from moe_merge_nb.tasks import prompts, toy_stream
 from moe_merge_nb.rewrites.bank import banks, with_banks
 from moe_merge_nb.rewrites.group import average, drop_least_used, rewrite
 from moe_merge_nb.rewrites.reduce import *
@@ -35,15 +35,16 @@ def test_recovery_trains_the_experts_that_are_left_and_nothing_else():
     for p in net.moes.parameters(): torch.nn.init.normal_(p, std=.1)
     small = rewrite(net, calibrate(net, tok, toys, images=8), average, 2)
     state, old = torch.get_rng_state(), {k: v.clone() for k, v in small.state_dict().items()}
-    done = recover(small, net, tok, toys, iterations=6, images=8)
+    done = recover(small, net, tok, toys, iterations=40, lr=1e-3)
     assert torch.equal(torch.get_rng_state(), state)
     changed = {k for k, v in done.state_dict().items() if not torch.equal(v, old[k])}
     assert changed and all('.experts.' in k for k in changed), sorted(changed)[:3]
     assert all(torch.equal(v, old[k]) for k, v in small.state_dict().items())
     x = torch.stack([toys[0].train[i][0] for i in range(32)])
-    words = tok(['a', 'b', 'c'])
+    words = tok(prompts(toys[0]))
     with pytest.raises(ValueError, match='compressed'): recover(with_banks(small, [replace(b, stored=9) for b in banks(small)]), net, tok, toys)
-    assert recovery_loss(logits_of(net, x, words, 0), logits_of(net, x, words, 0)).abs() < 1e-5
+    to_net = lambda m: recovery_loss(logits_of(m, x, words, 0), logits_of(net, x, words, 0))
+    assert to_net(done) < to_net(small)
 
 
 def test_a_sweep_that_was_cut_off_goes_on():
@@ -68,7 +69,7 @@ def test_a_rewritten_model_survives_the_disk():
     import tempfile
     torch.manual_seed(0)
     clip_, tok = load_clip('pico', 'random')
-    net = AdaptedCLIP(clip_, n_experts=4, rank=2, shared_init=True).eval(); net.add_task()
+    net = AdaptedCLIP(clip_, n_experts=4, rank=2, shared_init=True, gate='top_p').eval(); net.add_task()
     for p in net.moes.parameters(): torch.nn.init.normal_(p, std=.3)
     small = rewrite(net, calibrate(net, tok, toy_stream(n_tasks=1), images=4), average, 2)
     x = torch.randn(3, 3, 32, 32)

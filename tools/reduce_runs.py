@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 import torch
 from moe_merge_nb.config import REWRITES
+from moe_merge_nb.provenance import provenance
 from moe_merge_nb.reproduce import stream_of
 from moe_merge_nb.results import load_result
 from moe_merge_nb.rewrites.reduce import reductions
 from moe_merge_nb.share import load
 
-SHARED_ONLY = ('task_arithmetic', 'ties', 'dare_ties', 'doge')
+SHARED_ONLY = ('task_arithmetic', 'ties', 'dare_ties', 'doge', 'doge_relative')
 OUT = Path(__file__).parents[1]/'moe_merge_nb'/'data'/'measured'/'reductions.csv'
 
 if __name__ == '__main__':
@@ -27,5 +28,5 @@ if __name__ == '__main__':
     names = a.rules or [r for r in REWRITES if a.init == 'shared' or r not in SHARED_ONLY]
     for run in a.runs:
         config, shared = load_result(run).config, load(run)
-        about = dict(init=a.init, seed=config['seed'], commit=config.get('commit'))
+        about = dict(init=a.init, seed=config['seed'], commit=config.get('commit'), rule_commit=provenance()['commit'])
         reductions(shared.model, shared.tokenizer, stream_of(config), {n: REWRITES[n] for n in names}, a.budgets, a.out, a.recover, **about)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ..adapt import AdaptedCLIP
 from ..experts import State, read, write
-from ..moe import MoE
+from ..moe import MoE, once
 from ..router import Router
 
 # %% ../../nbs/rewrites/01_bank.ipynb #fb10809d
@@ -48,6 +48,7 @@ def bank(
     "The bank of `moe`."
     P = len(moe.experts)
     stack = lambda name: torch.stack([getattr(r, name).detach().cpu().clone() for r in moe.routers])
+    if moe.mix is not once: raise ValueError(f'{moe.tower} block {moe.block} mixes by {moe.mix!r}: only the default mixture can be rewritten')
     if not moe.routers: raise ValueError(f'{moe.tower} block {moe.block} has learned no task: there is nothing to rewrite')
     place, always = (torch.eye(P), torch.zeros(P)) if moe.place is None else (moe.place.cpu().clone(), moe.always.cpu().clone())
     return Bank(moe.tower, moe.block, [on_cpu(e) for e in moe.experts], stack('gate'), stack('noise'), place, always, moe.gate, moe.experts[0].scale, on_cpu(moe.base) if moe.base else None, moe.stored)

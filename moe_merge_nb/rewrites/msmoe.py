@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..experts import State
 from ..merge import usage_weighted
 from .bank import Bank
-from .group import dominant, join, merge_groups
+from .group import dominant, join, merge_groups, usage
 from .statistics import Statistics, output_similarity, outputs, routing_similarity
 
 # %% ../../nbs/rewrites/04_msmoe.ipynb #dc90f0bb
@@ -43,10 +43,11 @@ def msmoe(
     banks:list[Bank], stats:list[Statistics], budget:int,
     similarity:str|Callable='router_logits', # a name in `SIMILARITY`
     aligned:bool=True, # match neurons to the leader's before averaging
+    score:str='counts', # what usage is: 'counts', as in the paper, or the 'mass' of gates
 )->list[Bank]:
     "Groups of similar experts around the most used, aligned and averaged by usage (M-SMoE, arXiv 2310.01334)."
-    alike, kept = similarity_of(similarity), dominant([s.counts for s in stats], budget)
-    return [merge_groups(b, s.counts, join(k, alike(b, s)), usage_weighted, aligned) for b, s, k in zip(banks, stats, kept)]
+    alike, used = similarity_of(similarity), [usage(s, score) for s in stats]
+    return [merge_groups(b, u, join(k, alike(b, s)), usage_weighted, aligned) for b, s, u, k in zip(banks, stats, used, dominant(used, budget))]
 
 # %% ../../nbs/rewrites/04_msmoe.ipynb #def1766d
 def low_rank(

@@ -26,7 +26,7 @@ from .bank import Bank, banks, n_expert_parameters, with_banks
 from .group import Rule, rewrite
 from .split import unweighted
 from .statistics import Statistics, calibrate
-from ..router import top_k_gates
+from ..router import top_k_gates, top_p_gates
 from ..tasks import Stream, Task, prompts
 from ..train import class_logits, lr_factor
 
@@ -42,7 +42,7 @@ def last(
     right, device = {}, model.logit_scale.device
     for t, task in enumerate(stream):
         texts = class_embeddings(model, tokenizer, task, t)                     # the mean over all of the task's prompts
-        hits = [cosine_logits(model, model.encode_image(x.to(device), t), texts).argmax(1) == y for x, y in DataLoader(task.test, batch)]
+        hits = [cosine_logits(model, model.encode_image(x.to(device), t), texts).argmax(1) == y for x, y in DataLoader(task.test, batch, generator=torch.Generator())]
         right[task.name] = 100 * float(torch.cat(hits).double().mean())
     return right
 
@@ -89,6 +89,7 @@ def recover(
     optimizer, g = torch.optim.AdamW(experts, lr=lr, weight_decay=0.), torch.Generator().manual_seed(seed)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, iterations, max(1, iterations // 10)))
     seen = [(some_images(task, images, g).to(device), tokenizer(prompts(task)).to(device)) for task in stream]
+    before = with_banks(before, banks(before))                                  # in evaluation mode, whatever the original is in
     with torch.no_grad(): wanted = [logits_of(before, *inputs, t) for t, inputs in enumerate(seen)]
     for i in range(iterations):
         t = i % len(stream)
@@ -116,7 +117,7 @@ def reduction(
     return row | dict(recovery_seconds=time.process_time() - begin, recovered=mean(fitted))
 
 # %% ../../nbs/rewrites/11_reduce.ipynb #cbfa4bbc
-COLUMNS = ['init', 'seed', 'rule', 'budget', 'iterations', 'before', 'experts', 'parameters', 'seconds', 'last', 'recovery_seconds', 'recovered', 'commit']
+COLUMNS = ['init', 'seed', 'rule', 'budget', 'iterations', 'before', 'experts', 'parameters', 'seconds', 'last', 'recovery_seconds', 'recovered', 'commit', 'rule_commit']
 
 def reductions(
     model:AdaptedCLIP, tokenizer, stream:Stream,
@@ -124,7 +125,7 @@ def reductions(
     budgets:list[int],
     file, # CSV, one row appended as soon as it is known
     iterations:int=55,
-    **about, # of the run: init, seed, commit
+    **about, # init, seed and commit of the run; rule_commit of this program
 )->pd.DataFrame: # all rows of `file`
     "Every rule at every budget, but for those that `file` has."
     file, stats = Path(file), calibrate(model, tokenizer, stream)
@@ -139,21 +140,21 @@ def reductions(
     return have
 
 # %% ../../nbs/rewrites/11_reduce.ipynb #1180f928
-GATES = {'top_k': top_k_gates, 'unweighted': unweighted}                         # that can be written down
+GATES = {'top_k': top_k_gates, 'top_p': top_p_gates, 'unweighted': unweighted}   # that can be written down
 
 def save_banks(banks:list[Bank], path, **about)->Path:
     "Write banks to one safetensors file (with a checksum); ValueError for a gate that cannot be written down."
     rows = []
     for b in banks:
-        f, k = getattr(b.select, 'func', b.select), getattr(b.select, 'keywords', {}).get('k', 2)
+        f, given = getattr(b.select, 'func', b.select), getattr(b.select, 'keywords', {})
         name = next((n for n, g in GATES.items() if g is f), None)
         if name is None: raise ValueError(f"the gate {b.select!r} of {b.tower} block {b.block} cannot be saved: only {list(GATES)} can")
-        rows.append({**{f.name: getattr(b, f.name) for f in fields(b)}, 'select': [name, k]})
+        rows.append({**{f.name: getattr(b, f.name) for f in fields(b)}, 'select': dict(gate=name, **given)})
     return write_tree(dict(banks=rows, about=about), path)
 
 def load_banks(path)->tuple[list[Bank], dict]:
     "What `save_banks` wrote; ValueError if it is damaged or something else."
     tree = read_tree(path)
     if not isinstance(tree, dict) or 'banks' not in tree: raise ValueError(f'{path} holds no banks: give a file that `save_banks` wrote')
-    gate = lambda name, k: partial(GATES[name], k=k)
-    return [Bank(**{**row, 'select': gate(*row['select'])}) for row in tree['banks']], tree['about']
+    made = lambda gate, **given: partial(GATES[gate], **given)
+    return [Bank(**{**row, 'select': made(**row['select'])}) for row in tree['banks']], tree['about']

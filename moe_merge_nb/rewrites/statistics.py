@@ -91,7 +91,7 @@ def calibrate(
     recorder, device, generator = Recorder(model.eval(), every), model.logit_scale.device, torch.Generator().manual_seed(seed)
     for t, task in enumerate(stream):
         some = torch.randperm(len(task.calibration), generator=generator)[:images].tolist()
-        for x, recorder.labels in DataLoader(Subset(task.calibration, some), 64): model.encode_image(x.to(device), t, recorder)
+        for x, recorder.labels in DataLoader(Subset(task.calibration, some), 64, generator=generator): model.encode_image(x.to(device), t, recorder)
         recorder.labels = torch.arange(len(task.classes))
         model.encode_text(tokenizer(prompts(task)).to(device), t, recorder)
     return recorder.result()
@@ -110,7 +110,7 @@ def outputs(
 # %% ../../nbs/rewrites/02_statistics.ipynb #f849a44d
 def routing_similarity(s:Statistics)->Tensor: # (E, E) in -1 ... 1
     "Cosine of the columns' logits over all sequences (M-SMoE, arXiv 2310.01334)."
-    columns = F.normalize(s.logits.T.double(), dim=1)
+    columns = F.normalize(s.logits.T.double().masked_fill(s.logits.T.isinf(), 0.), dim=1)
     return columns @ columns.T
 
 def output_similarity(
