@@ -141,9 +141,10 @@ def trainable(
     model:AdaptedCLIP,
     tune:str='adapters', # 'adapters', 'backbone' or 'nothing'
 )->list[nn.Parameter]: # with requires_grad set; everything else is closed
-    "Open the parameters that `tune` names, close all others."
+    "Open the parameters that `tune` names, close all others, let all gradients go."
     if tune not in ('adapters', 'backbone', 'nothing'): raise ValueError(f"tune is {tune!r}: choose 'adapters', 'backbone' or 'nothing'")
     model.requires_grad_(False)
+    model.zero_grad(set_to_none=True)                                           # a closed router would keep its last gradients for ever
     found = []
     if tune == 'backbone': found = [p for p in model.clip.parameters() if p is not model.logit_scale]
     if tune == 'adapters':

@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest, torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from moe_merge_nb import loop
 from moe_merge_nb.adapt import AdaptedCLIP
 from moe_merge_nb.backbone import pico_tokenizer
+from moe_merge_nb.cache import Cache
 from moe_merge_nb.callbacks import FreezeMostUsed, MergeMostUsed
 from moe_merge_nb.config import METHODS, method
 from moe_merge_nb.evaluate import mtil_metrics
@@ -48,21 +50,29 @@ def learned(tasks, m, directory=None):
 # ---- long
 
 class Weighed(Images):
-    "Images that note how much memory tensors take whenever a task begins to be trained or evaluated on them."
-    def __init__(self, n, seed, notes): super().__init__(*vars(images(n, 2, seed)).values()); self.notes = notes
+    "Images that note how many bytes all tensors take, without those of a cache, each time a batch of them is loaded."
+    def __init__(self, images): super().__init__(images.images, images.labels); self.notes = []
     def __getitems__(self, i):
         gc.collect()
-        tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)}
-        self.notes.append(sum(tensors.values()))
+        alive = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter, Cache)]
+        storages = {o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in alive if not isinstance(o, Cache)}
+        self.notes.append(sum(storages.values()) - sum(o.nbytes for o in alive if isinstance(o, Cache)))
         return super().__getitems__(i)
+
+def weighed(n, at):
+    "`n` tasks, of which those `at` are weighed; and what they note in their first iteration."
+    tasks = [task(f't{i}') for i in range(n)]
+    for i in at: tasks[i] = replace(tasks[i], train=Weighed(tasks[i].train), calibration=None)
+    return tasks, lambda: [tasks[i].train.notes[0] for i in at]
+
+ROUTERS = 4 * 2 * 16 * 6 * 4                                                                     # of a task: blocks, gate and noise, width, experts, bytes
+LEFT = 16                                                                                        # anything else that a task may leave
 
 @pytest.fixture(scope='module')
 def long(tmp_path_factory):
     "100 tasks in one stream, of 2 iterations each."
-    notes, d = [], tmp_path_factory.mktemp('long')
-    tasks = [task(f't{i}', n=4) for i in range(100)]
-    for i in (20, 90): tasks[i] = replace(tasks[i], train=Weighed(4, i, notes), calibration=None)
-    return learned(tasks, moe_merge(), d), d, notes
+    (tasks, notes), d = weighed(100, (20, 60, 99)), tmp_path_factory.mktemp('long')
+    return learned(tasks, moe_merge(), d), d, notes()
 
 def test_a_hundred_tasks_are_learned_with_a_router_each(long):
     result, d, _ = long
@@ -87,12 +97,26 @@ def test_when_all_experts_are_frozen_merges_say_why_there_is_none_and_routers_go
     gates = [result.adapters[f'0.routers.{t}.gate'] for t in (50, 99)]
     assert all(g.abs().max() > 0 for g in gates) and result.adapters['0.frozen'].all()
 
-def test_memory_grows_by_routers_and_kept_features_only(long):
-    _, _, notes = long
-    between = 90 - 20
-    growth = (max(n for n in notes[len(notes)//2:]) - max(notes[:len(notes)//2])) / between
-    routers = 4 * 2 * 16 * 6 * 4                                                                 # blocks, gate and noise, width, experts, bytes
-    assert routers <= growth <= routers + 4096, f'{growth:.0f} bytes a task; routers take {routers}, features and prompts of two test images 4 kB at most'
+def test_memory_grows_by_routers_and_cache_only(long):
+    a, b, c = long[2]
+    for growth in ((b - a) / 40, (c - b) / 39): assert ROUTERS <= growth <= ROUTERS + LEFT, f'{growth:.0f} bytes a task; routers take {ROUTERS}'
+
+@pytest.mark.parametrize('left', ['learner', 'loss', None])
+def test_what_every_task_leaves_behind_is_seen(monkeypatch, left):
+    kept, real = [], loop.train_task
+    def train(*args, **kw):
+        learner = real(*args, **kw)
+        if left: kept.append(learner if left == 'learner' else torch.zeros(LEFT))
+        return learner
+    monkeypatch.setattr(loop, 'train_task', train)
+    tasks, notes = weighed(8, (4, 7))
+    learned(tasks, moe_merge())
+    a, b = notes()
+    assert ((b - a) / 3 <= ROUTERS + LEFT) == (left is None), (b - a) / 3
+
+def test_result_rows_are_those_that_are_documented(long):
+    r = long[0]
+    assert [len(getattr(r, n)) for n in ('matrix', 'selection', 'usage')] == [100**2, 100**2, 100 * 4 * 6] and len(r.fixed) <= 4 * 6 and len(r.timings) == 100
 
 
 # ---- wide
