@@ -14,7 +14,7 @@ def test_grids_have_means_and_errors():
 def test_paired_by_hand():
     r = pd.DataFrame([dict(seed=s, rule=k, budget=3, last=v) for s, va, vb in ((0, 1., 2.), (1, 5., 8.)) for k, v in (('a', va), ('b', vb))])
     d = paired(r, 'a', 'b', 3)
-    assert d['mean'] == 2 and d['n'] == 2 and abs(d['high'] - 2 - 12.706) < 1e-2
+    assert d['mean'] == 2 and d['n'] == 2 and abs(d['high'] - 2 - 12.706) < 1e-2 and paired(r, 'a', 'no', 3)['n'] == 0
 
 
 def test_in_training_pairs_by_seed():

@@ -42,7 +42,7 @@ def paired(rows, a:str, b:str, # rules
            value='last' # 'last' | 'recovered'
           )->dict: # mean, low, high (95 %), n; points of %
     "How much more rule `b` keeps than rule `a`, on the same runs"
-    at = rows[rows.budget == budget].pivot(index='seed', columns='rule', values=value)
+    at = rows[rows.budget == budget].pivot(index='seed', columns='rule', values=value).reindex(columns=[a, b])
     d = (at[b] - at[a]).dropna()
     half = student.ppf(.975, len(d) - 1) * d.sem() if len(d) > 1 else np.nan
     return dict(mean=d.mean(), low=d.mean() - half, high=d.mean() + half, n=len(d))
