@@ -116,7 +116,7 @@ def test_what_every_task_leaves_behind_is_seen(monkeypatch, left):
 
 def test_result_rows_are_those_that_are_documented(long):
     r = long[0]
-    assert [len(getattr(r, n)) for n in ('matrix', 'selection', 'usage')] == [100**2, 100**2, 100 * 4 * 6] and len(r.fixed) <= 4 * 6 and len(r.timings) == 100
+    assert [len(getattr(r, n)) for n in ('matrix', 'selection', 'usage')] == [100**2, 100**2, 100 * 4 * 6] and len(r.fixed) == 100 * 4 * 2 and len(r.timings) == 100
 
 
 # ---- wide

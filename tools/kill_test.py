@@ -94,7 +94,7 @@ def contents(directory)->dict:
 
 def kill(pid:int, phase:mmap.mmap, rng:random.Random, seconds:float, aim:str)->bool: # False: it was through before
     "SIGKILL at a random moment of the run, or of the phase `aim`: the process is stopped, and goes on if it has left that phase in the meantime."
-    now, task, iteration, until = lambda: struct.unpack('4i', phase[:]), rng.randint(0, 1), rng.randint(1, 9), time.perf_counter() + rng.uniform(0, seconds)
+    now, task, iteration, until = lambda: struct.unpack('4i', phase[:]), rng.randint(0, 2), rng.randint(1, 8), time.perf_counter() + rng.uniform(0, seconds)
     there = lambda: time.perf_counter() > until if aim == 'any' else PHASES[now()[0]] == aim and now()[2:] >= (task, iteration)
     while True:
         while not there() and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(2e-4)
