@@ -17,7 +17,7 @@ from moe_merge_nb.loop import Method, check, run
 from moe_merge_nb.merge import Merge, merge_once
 from moe_merge_nb.mix import mix_gathered, mix_loop, mix_segments, mix_stacked
 from moe_merge_nb.moe import MoE
-from moe_merge_nb.results import accuracy_matrix, load_result
+from moe_merge_nb.results import accuracy_matrix, load_result, save_result
 from moe_merge_nb.router import top_k_gates
 from moe_merge_nb.tasks import Images, Stream, Task, prompts
 from moe_merge_nb.train import Train, train_task
@@ -72,7 +72,8 @@ LEFT = 16                                                                       
 def long(tmp_path_factory):
     "100 tasks in one stream, of 2 iterations each."
     (tasks, notes), d = weighed(100, (20, 60, 99)), tmp_path_factory.mktemp('long')
-    return learned(tasks, moe_merge(), d), d, notes()
+    result = learned(tasks, moe_merge())                                                          # saving 200 times is most of what this would cost
+    return result, save_result(result, d), notes()
 
 def test_a_hundred_tasks_are_learned_with_a_router_each(long):
     result, d, _ = long

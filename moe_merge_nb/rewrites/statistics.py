@@ -91,7 +91,7 @@ def calibrate(
     recorder, device, generator = Recorder(model.eval(), every), model.logit_scale.device, torch.Generator().manual_seed(seed)
     for t, task in enumerate(stream):
         some = torch.randperm(len(task.calibration), generator=generator)[:images].tolist()
-        for x, recorder.labels in DataLoader(Subset(task.calibration, some), 64, generator=generator): model.encode_image(x.to(device), t, recorder)
+        for x, recorder.labels in DataLoader(Subset(task.calibration, some), 64, generator=torch.Generator()): model.encode_image(x.to(device), t, recorder)
         recorder.labels = torch.arange(len(task.classes))
         model.encode_text(tokenizer(prompts(task)).to(device), t, recorder)
     return recorder.result()
