@@ -32,18 +32,19 @@ class AdaptedCLIP(nn.Module):
         gate:str|Callable[[Tensor], Tensor]='top_k', # 'top_k', 'top_p', or a function from logits to gates
         top_p:float=0.4, # mass to exceed, for gate = 'top_p'
         mix:Callable=once, # how experts are combined
+        shared_blocks:int=0, # in so many blocks of each tower, from the input up, one expert is shared by all tasks
     ):
         super().__init__()
-        gates = check_sizes(n_experts, rank, top_k, scale, dropout, shared_init, gate, top_p, mix)
+        gates = check_sizes(n_experts, rank, top_k, scale, dropout, shared_init, gate, top_p, mix, shared_blocks)
         self.clip, self.n_tasks = clip.requires_grad_(False), 0
         self.share = 0, 1                              # i, n: images are the i-th of n parts of a batch (several processes; all have the same prompts)
         places = [(tower, i, b.ln_2.normalized_shape[0]) for tower, blocks in towers(clip).items() for i, b in enumerate(blocks) if n_experts]
-        self.moes = nn.ModuleList(MoE(*place, n_experts, rank, scale, dropout, shared_init, gates, mix) for place in places)    # image tower first, from the input up
+        self.moes = nn.ModuleList(MoE(*p, n_experts, rank, scale, dropout, shared_init, gates, mix) if p[1] >= shared_blocks else MoE(*p, 1, rank, scale, dropout, mix=mix, gate=partial(top_k_gates, k=1)) for p in places)    # image tower first, from the input up
 
 # %% ../nbs/34_adapt.ipynb #9d04529c
-def check_sizes(n_experts=22, rank=64, top_k=2, scale=0.1, dropout=0.1, shared_init=False, gate='top_k', top_p=0.4, mix=once)->Callable:
+def check_sizes(n_experts=22, rank=64, top_k=2, scale=0.1, dropout=0.1, shared_init=False, gate='top_k', top_p=0.4, mix=once, shared_blocks=0)->Callable:
     "The gate function of these arguments of `AdaptedCLIP`; ValueError where they are impossible, before anything is built."
-    for name, value in dict(n_experts=n_experts, rank=rank, top_k=top_k).items():
+    for name, value in dict(n_experts=n_experts, rank=rank, top_k=top_k, shared_blocks=shared_blocks).items():
         if type(value) is not int: raise ValueError(f'{name} is {value!r}: choose a whole number')
     for name, value in dict(scale=scale, dropout=dropout, top_p=top_p).items():
         if type(value) not in (int, float) or not math.isfinite(value): raise ValueError(f'{name} is {value!r}: choose a finite number')
@@ -51,6 +52,7 @@ def check_sizes(n_experts=22, rank=64, top_k=2, scale=0.1, dropout=0.1, shared_i
     if n_experts < 0: raise ValueError(f'n_experts is {n_experts}: choose 0 (no mixtures) or more')
     if n_experts and rank < 1: raise ValueError(f'rank is {rank}: an expert needs at least 1 neuron')
     if n_experts and not 1 <= top_k <= n_experts: raise ValueError(f'top_k is {top_k}, but there are {n_experts} experts: choose 1 ... {n_experts}')
+    if shared_blocks < 0: raise ValueError(f'shared_blocks is {shared_blocks}: choose 0 (none) or more')
     if not 0 <= dropout < 1: raise ValueError(f'dropout is {dropout}: choose a probability from 0 to below 1')
     if not 0 <= top_p <= 1: raise ValueError(f'top_p is {top_p}: choose a mass from 0 to 1')
     gates = {'top_k': partial(top_k_gates, k=top_k), 'top_p': partial(top_p_gates, p=top_p)}

@@ -42,7 +42,7 @@ def versions(
     moes = {tower: [m for m in model.moes if m.tower == tower] for tower in ('image', 'text')}
     rest = digest(*model.clip.parameters(), *model.clip.buffers()), *((m.gate, m.mix, len(m.experts)) for m in model.moes)
     experts = {tower: [digest(e.scale, *e.parameters()) for m in ms for e in m.experts] for tower, ms in moes.items()}
-    routers = {tower: [digest(*(p for m in ms for p in m.routers[s].parameters())) for s in range(model.n_tasks)] for tower, ms in moes.items()}
+    routers = {tower: [digest(*(p for m in ms for p in m.routers[s].state_dict().values())) for s in range(model.n_tasks)] for tower, ms in moes.items()}
     return Versions(rest, experts, routers)
 
 # %% ../nbs/58_cache.ipynb #3f8f8254

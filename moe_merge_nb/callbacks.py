@@ -9,8 +9,8 @@ __all__ = ['FreezeMostUsed', 'MergeMostUsed', 'evaluated_experts']
 from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader
-from .freeze import freeze_most_used
-from .merge import Merge, merge_iterations, merge_once
+from .freeze import close_routers, freeze_most_used, freeze_open
+from .merge import Merge, merge_iterations, merge_once, start_merged
 from .train import Callback, Learner
 from .usage import Block, Usage, since
 
@@ -20,13 +20,22 @@ class FreezeMostUsed(Callback):
     "Freeze the most used experts of every block when a task ends (arXiv 2403.11549)."
     n:int=2 # experts per block and task
     freeze_bug:bool=False # see `freeze_most_used`
+    settle:float|None=None # after this fraction of a task, close its router for what later tasks may change (see `close_routers`); None: never
 
     def __post_init__(self):
         if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 0: raise ValueError(f'freeze.n is {self.n!r}: choose a whole number of experts, 0 or more')
         if not isinstance(self.freeze_bug, bool): raise ValueError(f'freeze.freeze_bug is {self.freeze_bug!r}: choose true or false')
+        if self.settle is None: return
+        if type(self.settle) not in (int, float) or not 0 < self.settle <= 1: raise ValueError(f'freeze.settle is {self.settle!r}: choose a fraction above 0, at most 1, or null')
+        if self.freeze_bug or self.n < 1: raise ValueError(f'freeze.settle is {self.settle} with freeze.freeze_bug={self.freeze_bug} and freeze.n={self.n}: a closed router needs experts that are frozen by its own counts; leave freeze.settle at null')
+
+    def midway(self)->dict: return {}                                           # what was closed is part of the model
+
+    def after_step(self, learner:Learner):
+        if self.settle is not None and learner.iteration == max(1, int(self.settle * learner.settings.iterations)): close_routers(learner.model, learner.counts(), self.n)
 
     def after_task(self, learner:Learner):
-        found = freeze_most_used(learner.model, learner.counts(), self.n, self.freeze_bug)
+        found = freeze_open(learner.model) if self.settle is not None else freeze_most_used(learner.model, learner.counts(), self.n, self.freeze_bug)
         learner.events += [dict(task=learner.task.name, iteration=learner.iteration, **e) for e in found]
 
 # %% ../nbs/51_callbacks.ipynb #53da726a
@@ -37,6 +46,10 @@ class MergeMostUsed(Callback):
 
     def before_task(self, learner:Learner):
         self.before, self.when = {}, set(merge_iterations(self.rule, learner.settings.iterations))
+        if learner.resumed: return                                              # then the experts are as they were left
+        for moe in learner.model.moes:
+            event = start_merged(moe, self.rule, self.protected.get((moe.tower, moe.block), set()))
+            if event: learner.events.append(dict(task=learner.task.name, iteration=0, **event))
 
     def after_step(self, learner:Learner):
         if learner.iteration not in self.when: return

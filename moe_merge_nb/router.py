@@ -20,6 +20,7 @@ class Router(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(width, n_experts))
         self.noise = nn.Parameter(torch.zeros(width, n_experts))
+        self.register_buffer('closed', torch.zeros(n_experts, dtype=torch.bool))    # experts that are never selected
 
     def forward(self,
         x0:Tensor, # (batch, width), token 0 of each sequence
@@ -29,7 +30,7 @@ class Router(nn.Module):
         "Logits of all experts."
         h = x0 @ self.gate
         if noisy: h = h + noise_of(share, h) * (F.softplus(x0 @ self.noise) + 0.01)
-        return h
+        return h.masked_fill(self.closed, -torch.inf)
 
 def noise_of(share:tuple[int, int], h:Tensor)->Tensor: # like `h`
     "Standard normal noise for one part of a batch: the rows that the whole batch would have drawn."

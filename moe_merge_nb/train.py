@@ -108,6 +108,7 @@ class Learner:
     seen:tuple[Task, ...]=() # tasks learned before
     accelerator:Accelerator|None=None # several processes, devices; None: this process alone
     iteration:int=0 # iterations done
+    resumed:bool=False # the task goes on from its middle
     loss:float=math.nan # of the last iteration
     features:Tensor|None=None # (n, d) of the images in hand, for what callbacks add to the loss
     usage:Usage=field(default_factory=Usage) # of this task so far, in this process
@@ -248,7 +249,7 @@ def train_task(
     **known, # `clip`, `seen`, `accelerator` of `Learner`
 )->Learner:
     "Train `task`; the random state of the caller is left as it was."
-    learner = prepare(model, task, index, tokenizer, settings, tune, **known)
+    learner = prepare(model, task, index, tokenizer, settings, tune, resumed=saved is not None, **known)
     rank, n = (0, 1) if alone(learner.accelerator) else (learner.accelerator.process_index, learner.accelerator.num_processes)
     batches = Batches(task.train, shares(batch_indices(len(task.train), settings.batch, settings.iterations, seed), learner.accelerator), seed, rank)
     with torch.random.fork_rng():

@@ -102,6 +102,17 @@ def test_only_what_is_named_is_opened():
     assert not any(p.requires_grad for p in [*adapted.clip.parameters(), *adapted.moes[0].experts[1].parameters(), *adapted.moes[0].routers[0].parameters()])
 
 
+def test_shared_blocks_have_one_expert_that_every_task_uses():
+    net = AdaptedCLIP(load_clip('pico', 'random')[0], n_experts=6, rank=4, shared_blocks=2).eval()
+    net.add_task()
+    assert [(m.tower, len(m.experts)) for m in net.moes] == [('image', 1)]*2 + [('image', 6)]*2 + [('text', 1)]*2 + [('text', 6)]
+    torch.manual_seed(0)
+    x, seen = torch.randn(3, 3, 32, 32), []
+    net.encode_image(x, 0, seen.append)
+    assert all((r.gates == 1).all() for r in seen[:2]) and all((r.gates > 0).sum(1).eq(2).all() for r in seen[2:])
+    with pytest.raises(ValueError, match='shared_blocks is -1'): AdaptedCLIP(load_clip('pico', 'random')[0], shared_blocks=-1)
+
+
 def test_the_published_parameter_count():
     assert n_adapter_parameters([768]*12 + [512]*12, 22, 64, 11) == {'experts': 43_625_472, 'routers': 7_434_240}
 

@@ -31,3 +31,22 @@ def test_the_freeze_bug_reads_the_text_tower():
     model = AdaptedCLIP(load_clip('pico', 'random')[0], n_experts=6, rank=4); model.add_task()
     counts = {(m.tower, m.block): torch.tensor([9, 8, 0, 0, 0, 0] if m.tower == 'image' else [0, 0, 0, 0, 8, 9]) for m in model.moes}
     assert {tuple(e['experts']) for e in freeze_most_used(model, counts, freeze_bug=True)} == {(5, 4)}
+
+
+def test_a_closed_task_selects_only_what_is_frozen():
+    net = AdaptedCLIP(load_clip('pico', 'random')[0], n_experts=6, rank=4)
+    for usage in ([1, 5, 0, 7, 2, 2], [9, 0, 0, 8, 1, 1]):
+        net.add_task()
+        close_routers(net, {(m.tower, m.block): torch.tensor(usage) for m in net.moes})
+        freeze_open(net)
+    for m in net.moes:
+        assert m.frozen.nonzero().flatten().tolist() == [0, 1, 3]
+        assert [(~r.closed).nonzero().flatten().tolist() for r in m.routers] == [[1, 3], [0, 1, 3]]
+
+
+def test_the_only_expert_of_a_block_is_left_open():
+    net = AdaptedCLIP(load_clip('pico', 'random')[0], n_experts=1, rank=4, top_k=1)
+    net.add_task()
+    counts = {(m.tower, m.block): torch.tensor([5]) for m in net.moes}
+    close_routers(net, counts)
+    assert freeze_most_used(net, counts) == freeze_open(net) == [] and not any(m.frozen.any() or m.routers[0].closed.any() for m in net.moes)

@@ -54,7 +54,7 @@ def test_a_new_expert_can_be_balanced_and_aligned():
 
 
 def test_impossible_choices_are_refused_by_field():
-    for field, value in dict(every=0, until=1.5, n_sources=1, window='all', router='best', combine='no_such').items():
+    for field, value in dict(every=-1, until=1.5, start='mean', n_sources=1, window='all', router='best', combine='no_such').items():
         with pytest.raises(ValueError, match=f'merge.{field}'): Merge(**{field: value})
 
 
@@ -69,7 +69,7 @@ def test_any_importable_function_can_combine():
 def test_four_merges_the_last_at_three_quarters():
     assert merge_iterations(Merge(), 1000) == [187, 374, 561, 748]
     assert merge_iterations(Merge(every=40, until=1.), 120) == [40, 80, 120]
-    assert merge_iterations(Merge(every=200), 150) == []
+    assert merge_iterations(Merge(every=200), 150) == merge_iterations(Merge(every=0, start='merged'), 150) == []
 
 
 def test_a_rule_that_fails_is_named():
@@ -115,6 +115,30 @@ def test_merging_commutes_with_permuting_the_experts():
     for new, old in enumerate(p): write(b.experts[new], read(a.experts[old]))
     merge_once(a, counts); merge_once(b, counts[p])
     for new, old in enumerate(p): assert torch.equal(b.experts[new].up.weight, a.experts[old].up.weight) and torch.equal(b.experts[new].down.weight, a.experts[old].down.weight)
+
+
+def test_a_task_begins_with_the_mean_of_the_frozen_experts_and_spares_the_protected():
+    torch.manual_seed(0)
+    moe = MoE('image', 0, 8, 6, 3); moe.add_task()
+    for p in moe.parameters(): torch.nn.init.normal_(p)
+    before = [read(e) for e in moe.experts]
+    assert start_merged(moe, Merge(start='merged')) is None                                      # nothing is frozen yet
+    moe.freeze([1, 4])
+    event = start_merged(moe, Merge(start='merged'), {5})
+    assert event['sources'] == [1, 4] and event['targets'] == [0, 2, 3]
+    for e in (1, 4, 5): assert all(torch.equal(before[e][n], t) for n, t in read(moe.experts[e]).items())
+    for e in (0, 2, 3): torch.testing.assert_close(moe.experts[e].up.weight, (moe.experts[1].up.weight + moe.experts[4].up.weight)/2)
+
+
+def test_the_controls_copy_frozen_experts_or_begin_anew():
+    torch.manual_seed(0)
+    for start in ('copy', 'fresh'):
+        moe = MoE('image', 0, 8, 6, 3); moe.add_task(); moe.freeze([1, 4])
+        for p in moe.parameters(): torch.nn.init.normal_(p)
+        start_merged(moe, Merge(start=start))
+        ups = [moe.experts[e].up.weight for e in (0, 2, 3, 5)]
+        if start == 'copy': assert [torch.equal(u, moe.experts[f].up.weight) for u, f in zip(ups, (1, 4, 1, 4))] == [True]*4
+        else: assert not any(u.any() for u in ups) and not torch.equal(moe.experts[0].down.weight, moe.experts[2].down.weight)
 
 
 def test_task_arithmetic_is_one_function():

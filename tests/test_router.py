@@ -11,6 +11,14 @@ def test_evaluation_has_no_noise_and_training_has():
     assert torch.equal(r(x0), r(x0)) and not torch.equal(r(x0, noisy=True), r(x0, noisy=True))
 
 
+def test_a_closed_expert_is_never_selected_and_the_others_keep_their_scores():
+    r, x0 = Router(8, 5), torch.randn(6, 8)
+    torch.nn.init.normal_(r.gate)
+    open_ = r(x0)
+    r.closed[[0, 3]] = True
+    assert torch.equal(r(x0)[:, [1, 2, 4]], open_[:, [1, 2, 4]]) and (r(x0, noisy=True)[:, [0, 3]] == -torch.inf).all() and not top_k_gates(r(x0))[:, [0, 3]].any()
+
+
 def test_parts_of_a_batch_draw_the_noise_of_the_whole():
     r, x0 = Router(8, 5), torch.randn(6, 8)
     def draw(x0, **kw):
