@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from .adapt import AdaptedCLIP
-from .share import clip_from, fill, save
+from .share import all_open, clip_from, fill, save
 
 # %% ../nbs/75_released.ipynb #52753c1e
 def read_checkpoint(path)->dict: # of tensors, or {'state_dict': of tensors}
@@ -144,7 +144,7 @@ def from_moe_adapters4cl(
     ours = names({'visual.': config['vision_cfg']['layers'], '': config['text_cfg']['layers']}, found['n_experts'], n_tasks)
     model.uses = account(state, set(clip.state_dict()), set(ours.values()), found['n_experts'])
     fill(clip, {n: state[n] for n in clip.state_dict()}, 'the backbone in the checkpoint')
-    fill(model.moes, {n: state[theirs] for n, theirs in ours.items()} | frozen_experts(model, ours, frozen), 'the checkpoint')
+    fill(model.moes, all_open(model) | {n: state[theirs] for n, theirs in ours.items()} | frozen_experts(model, ours, frozen), 'the checkpoint')
     for moe in model.moes: moe.freeze(moe.frozen.nonzero().flatten().tolist())
     return model
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEY', 'ENTRIES', 'FILE', 'CARD', 'experts_config', 'sha256', 'clip_from', 'clip_config', 'Words', 'words',
-           'header_of', 'save', 'check_fit', 'fill', 'read_header', 'check_digest', 'check_entries', 'check_header',
-           'check_config', 'header_of_run', 'restore_backbone', 'tokenizer_for', 'Shared', 'rebuilt', 'load']
+           'header_of', 'save', 'check_fit', 'fill', 'all_open', 'read_header', 'check_digest', 'check_entries',
+           'check_header', 'check_config', 'header_of_run', 'restore_backbone', 'tokenizer_for', 'Shared', 'rebuilt',
+           'load']
 
 # %% ../nbs/74_share.ipynb #8577db71
 import copy, hashlib, json
@@ -37,10 +38,17 @@ def experts_config(
 )->dict: # keyword arguments
     "The arguments of `AdaptedCLIP` that make these mixtures; ValueError where they cannot be written as text."
     if not model.moes: raise ValueError('this model has no mixtures (n_experts = 0): there is nothing to save')
-    configs = [_moe_config(moe) for moe in model.moes]
-    for moe, c in zip(model.moes, configs):
-        if c != configs[0]: raise ValueError(f'{moe.tower} block {moe.block} has {c}, image block 0 has {configs[0]}: only mixtures that are alike in all blocks can be saved')
-    return configs[0]
+    shared = _shared_blocks(model)
+    own = [moe for moe in model.moes if moe.block >= shared]
+    configs = [_moe_config(moe) for moe in own]
+    for moe, c in zip(own, configs):
+        if c != configs[0]: raise ValueError(f'{moe.tower} block {moe.block} has {c}, {own[0].tower} block {own[0].block} has {configs[0]}: only mixtures that are alike in all blocks can be saved')
+    return configs[0] | ({'shared_blocks': shared} if shared else {})
+
+def _shared_blocks(model):
+    "How many blocks of each tower have one expert, where others have more"
+    one = [moe.block for moe in model.moes if len(moe.experts) == 1]
+    return 1 + max(one) if 0 < len(one) < len(model.moes) else 0
 
 def _moe_config(moe):
     where, x = f'{moe.tower} block {moe.block}', moe.experts[0]
@@ -171,6 +179,10 @@ def fill(
     check_fit(module, tensors, what)
     module.load_state_dict(tensors)
 
+def all_open(model:AdaptedCLIP)->dict[str, Tensor]:
+    "What files from before routers could be closed do not hold: that none is."
+    return {f'{i}.routers.{t}.closed': torch.zeros_like(r.closed) for i, moe in enumerate(model.moes) for t, r in enumerate(moe.routers)}
+
 def read_header(path)->dict|None: # None: not one of ours
     "The header of a safetensors file, without reading its tensors."
     try:
@@ -191,7 +203,7 @@ def check_digest(path, header:dict, tensors:dict[str, Tensor])->None: # header a
 _TEXT, _NUMBER, _NONE = (str,), (int, float), type(None)
 ENTRIES = {
     'header': dict(experts=(dict,), n_tasks=(int,), backbone=(dict,), tasks=(list,), provenance=(dict,)),
-    'experts': dict(n_experts=(int,), rank=(int,), top_k=(int,), scale=_NUMBER, dropout=_NUMBER, shared_init=(bool,), gate=_TEXT, top_p=_NUMBER),
+    'experts': dict(n_experts=(int,), rank=(int,), top_k=(int,), scale=_NUMBER, dropout=_NUMBER, shared_init=(bool,), gate=_TEXT, top_p=_NUMBER, shared_blocks=(int,)),
     'backbone': dict(name=(str, _NONE), pretrained=(str, _NONE), sha256=(str, _NONE), config=(dict, _NONE)),
     'config': dict(embed_dim=(int,), quick_gelu=(bool,), vision_cfg=(dict,), text_cfg=(dict,)),
     'vision_cfg': dict(image_size=(int, list), patch_size=(int,), width=(int,), layers=(int,), head_width=(int,), mlp_ratio=_NUMBER),
@@ -312,7 +324,7 @@ def rebuilt(header:dict, tensors:dict, backbone:tuple|None)->tuple: # AdaptedCLI
     clip, tokenizer = restore_backbone(header['backbone'], tensors, backbone)
     with torch.random.fork_rng(devices=[]): model = AdaptedCLIP(clip, **header['experts']).eval()
     for _ in range(header['n_tasks']): model.add_task()
-    fill(model.moes, tensors, 'what it holds')
+    fill(model.moes, {**all_open(model), **tensors}, 'what it holds')
     for moe in model.moes: moe.freeze(moe.frozen.nonzero().flatten().tolist())
     return model, tokenizer
 

@@ -40,6 +40,13 @@ def test_a_function_of_the_user_cannot_be_saved():
     with pytest.raises(ValueError, match='text block 1 .* alike in all blocks'): experts_config(other)
 
 
+def test_shared_blocks_are_part_of_the_description_and_old_files_close_nothing():
+    net = AdaptedCLIP(load_clip('pico', 'random')[0], n_experts=5, rank=4, shared_blocks=2); net.add_task()
+    said = experts_config(net)
+    assert said['shared_blocks'] == 2 and [len(m.experts) for m in AdaptedCLIP(load_clip('pico', 'random')[0], **said).moes] == [len(m.experts) for m in net.moes]
+    assert all_open(net).keys() <= net.moes.state_dict().keys() and len(all_open(net)) == 7 and not any(t.any() for t in all_open(net).values())
+
+
 def test_an_architecture_comes_back_from_its_description():
     import open_clip
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
