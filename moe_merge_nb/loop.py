@@ -24,7 +24,7 @@ from .accept import Fitted
 from .backbone import load_clip
 from .cache import Cache, digest
 from .devices import alone, peak_memory
-from .evaluate import STRATEGIES, evaluate
+from .evaluate import STRATEGIES, evaluate, row_name
 from .features import class_embeddings
 from .guard import Stop, locked
 from .method import Method, check, check_images, check_words, describe
@@ -148,8 +148,8 @@ def one_task(r:Run, a:Around, task):
     with a.keep.stop.now():                                                     # all there is has been saved
         fit(r, a, task)
         predict = r.head.predict if r.head else STRATEGIES[r.method.predict]
-        evaluation = evaluate(r.model, a.tokenizer, a.stream, r.selectors, task.name, a.cache, predict, progress=a.progress, accelerator=a.accelerator, workers=r.method.train.workers)
-        check_matrix(evaluation.matrix, a.stream.names, list(r.selectors))
+        evaluation = evaluate(r.model, a.tokenizer, a.stream, r.selectors, task.name, a.cache, predict, progress=a.progress, accelerator=a.accelerator, workers=r.method.train.workers, classes=r.method.classes)
+        check_matrix(evaluation.matrix, a.stream.names, [row_name(s, c) for c in r.method.classes for s in r.selectors])
     train, memory = (trained['train'], trained['memory_mb']) if trained else (0., round(peak_memory(a.accelerator.device), 1))
     spent = dict(train=train, evaluate=time.perf_counter() - begin, iteration=train / r.method.train.iterations, memory_mb=memory, **evaluation.passes)
     record(r.result, trained, task.name, evaluation, spent)

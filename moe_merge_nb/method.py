@@ -16,7 +16,7 @@ from .accept import Fitted
 from .adapt import AdaptedCLIP, check_sizes
 from .callbacks import FreezeMostUsed, MergeMostUsed
 from .devices import shares
-from .evaluate import STRATEGIES
+from .evaluate import STRATEGIES, check_classes
 from .merge import Merge, merge_iterations
 from .select import SELECTORS, make_selector
 from .tasks import Stream, prompts
@@ -36,6 +36,7 @@ class Method:
     predict:str='routed' # how logits become a prediction; see `STRATEGIES`
     baseline:Callback|None=None # what a method adds to the loss and does around a task; copied for every run
     head:object|None=None # a classifier on frozen features in place of `predict` (a dataclass); copied for every run, with its seed
+    classes:tuple[str, ...]=('task',) # label spaces of evaluation: 'task' (an image's own task's classes, MTIL), 'all' (the classes of all tasks of the stream, learned or not, X-TAIL)
 
     def __post_init__(self):
         if self.tune not in ('adapters', 'backbone', 'nothing'): raise ValueError(f"tune is {self.tune!r}: choose 'adapters', 'backbone' or 'nothing'")
@@ -44,9 +45,10 @@ class Method:
         if self.head and self.tune != 'nothing': raise ValueError(f"head is {self.head} with tune {self.tune!r}: a head looks at the frozen model, tune = 'nothing'")
         if not self.selectors: raise ValueError('selectors is empty: name at least one')
         for s in self.selectors: make_selector(s)
+        check_classes(self.classes)
         if self.predict not in STRATEGIES: raise ValueError(f'predict is {self.predict!r}: choose one of {list(STRATEGIES)}')
         if self.experts is not None: check_sizes(**self.experts)
-        if self.merge and not merge_iterations(self.merge, n := self.train.iterations):
+        if self.merge and self.merge.every != 0 and not merge_iterations(self.merge, n := self.train.iterations):
             raise ValueError(f'merge.every is {self.merge.every}, but no merge comes after {self.merge.until:.0%} of {n} iterations (merge.until): nothing would ever be merged')
 
 # %% ../nbs/51_method.ipynb #70d89d55

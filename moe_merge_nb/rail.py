@@ -150,10 +150,12 @@ def embedding(self:Rail, features)->torch.Tensor: # (N, d), float64
 
 @patch
 def predict(self:Rail, view:View)->torch.Tensor: # (n, classes); the largest is the prediction
-    "The mixture, or plain CLIP where the selector says so or the task has not been learned"
-    if view.s < 0 or view.task >= len(self.ends) - 1: return view.logits(-1)
-    columns = slice(self.ends[view.task], self.ends[view.task + 1])
-    return (1 - self.fusion)*view.logits(-1).double().softmax(1) + self.fusion*self.regression.scores(self.embedding(view.features), columns)
+    "The mixture; plain CLIP where the selector says so, or the task or (among the classes of all tasks) CLIP's best class has not been learned"
+    if view.s < 0 or (view.task or 0) >= len(self.ends) - 1: return view.logits(-1)
+    columns = slice(0, self.ends[-1]) if view.task is None else slice(self.ends[view.task], self.ends[view.task + 1])
+    p, scores = view.logits(-1).double().softmax(1), self.regression.scores(self.embedding(view.features), columns)
+    mixed = (1 - self.fusion)*p + self.fusion*F.pad(scores, (0, p.shape[1] - scores.shape[1]))
+    return mixed if view.task is not None else torch.where(p.argmax(1, keepdim=True) < columns.stop, mixed, p)
 
 # %% ../nbs/57_rail.ipynb #dd24c2df
 @patch(as_prop=True)

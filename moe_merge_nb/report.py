@@ -27,7 +27,7 @@ from .results import RUN, Result, accuracy_matrix, load_result, load_results, se
 from .tables import table
 
 # %% ../nbs/82_report.ipynb #801f71e9
-SAME = {*RUN, 'tasks', 'commit', 'python', 'machine', 'threads', 'torch', 'open_clip_torch', 'numpy', 'selectors'}
+SAME = {*RUN, 'tasks', 'commit', 'python', 'machine', 'threads', 'torch', 'open_clip_torch', 'numpy', 'selectors', 'classes'}
 
 def _flat(config, prefix=''):
     "`{'merge.every': 40, ...}` of a nested configuration"

@@ -40,7 +40,7 @@ def method_of(config:dict)->Method:
     part = lambda value: value and PARTS[value['name']](**{k: v for k, v in value.items() if k != 'name'})
     train = Train(**{**config['train'], 'betas': tuple(config['train']['betas'])})
     return Method(config['method'], config['tune'], config['experts'], train, config['freeze'] and FreezeMostUsed(**config['freeze']), config['merge'] and Merge(**config['merge']),
-                  tuple(config['selectors']), config['predict'], part(config['baseline']), part(config['head']))
+                  tuple(config['selectors']), config['predict'], part(config['baseline']), part(config['head']), tuple(config.get('classes', ['task'])))
 
 def again(
     config:dict, # of a result

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from moe_merge_nb.adapt import AdaptedCLIP
 from moe_merge_nb.backbone import load_clip
 from moe_merge_nb.cache import Cache
-from moe_merge_nb.evaluate import View, averaged, evaluate, mtil_metrics, plain_pass, routed
+from moe_merge_nb.evaluate import View, averaged, evaluate, mtil_metrics, plain_pass, routed, row_name
 from moe_merge_nb.features import Encoder, class_embeddings
 from moe_merge_nb.select import Latest, Oracle, dataset_features, make_selector
 from moe_merge_nb.tasks import prompts, stack, toy_stream
@@ -78,6 +78,13 @@ def test_a_view_computes_each_opinion_once():
     assert asked == [] and averaged(view).shape == averaged(view).shape == (2, 3) and asked == [-1, 1]
 
 
+def test_label_spaces_are_named_in_a_list_each_once():
+    from moe_merge_nb.evaluate import check_classes
+    for good in (('task',), ('all',), ['task', 'all']): check_classes(good)
+    for bad in ('all', (), ('task', 'task'), ('union',), None, 5):
+        with pytest.raises(ValueError, match=r"classes is .*as in classes=\[task,all\]"): check_classes(bad)
+
+
 def test_evaluation_does_not_depend_on_the_batch_size():
     net, tok = toy_model()
     toys, picks = toy_stream(3), {name: make_selector(name) for name in ('oracle', 'none', 'gaussian', 'autoencoder')}
@@ -132,6 +139,52 @@ def test_strategies_reach_the_prediction():
     firsts = [100*(stack(t.test)[1] == 0).double().mean().item() for t in toys]
     assert m.accuracy.tolist() == pytest.approx(firsts) and asked == [(0, 0), (1, -1)]
     assert evaluate(net, tok, toys, oracle, after='squares', predict=averaged).matrix.shape == m.shape
+
+
+def test_all_classes_are_those_of_a_loop_over_images():
+    net, tok = toy_model()
+    toys, picks = toy_stream(3), {name: make_selector(name) for name in ('oracle', 'gaussian')}
+    for task in toys.tasks[:2]:
+        for s in picks.values(): s.fit(*dataset_features(net.clip, task.train))
+    row = evaluate(net, tok, toys, picks, after='circles', classes=('all',)).matrix
+    assert row.selector.unique().tolist() == ['oracle all', 'gaussian all']
+    for name, s in picks.items():
+        for i, task in enumerate(toys):
+            features, right = dataset_features(net.clip, task.test)[0], 0
+            for (image, label), r in zip(task.test, s.select(features, task=i).tolist()):
+                z, w = net.encode_image(image[None], r if r >= 0 else None), torch.cat([class_embeddings(net, tok, t, r) for t in toys])
+                right += int((z @ w.T).argmax() == 3*i + label)
+            assert row[(row.selector == f'{name} all') & (row.task == task.name)].accuracy.item() == pytest.approx(100*right/24), (name, i)
+
+
+def test_more_classes_never_help_the_same_routers():
+    net, tok = toy_model()
+    toys, picks, lower = toy_stream(3), {name: make_selector(name) for name in ('oracle', 'none', 'gaussian')}, 0
+    for task in toys.tasks[:2]:
+        for s in picks.values(): s.fit(*dataset_features(net.clip, task.train))
+    both = evaluate(net, tok, toys, picks, after='circles', classes=('task', 'all')).matrix
+    for name in picks:
+        own, wide = (both[both.selector == row_name(name, c)].accuracy.to_numpy() for c in ('task', 'all'))
+        assert (wide <= own).all()
+        lower += (wide < own).sum()
+    assert lower > 0
+    one = toy_stream(1)
+    alike = evaluate(net, tok, one, {'oracle': Oracle().fit(None)}, after='squares', classes=('task', 'all')).matrix
+    assert alike.accuracy[0] == alike.accuracy[1] and alike.selector.tolist() == ['oracle', 'oracle all']
+
+
+def test_both_label_spaces_encode_an_image_once_and_leave_the_other_rows_alone():
+    net, tok = toy_model()
+    toys, picks = toy_stream(3), {name: make_selector(name) for name in ('oracle', 'none', 'gaussian')}
+    for task in toys.tasks[:2]:
+        for s in picks.values(): s.fit(*dataset_features(net.clip, task.train))
+    for predict in (routed, averaged):
+        own, wide, both = (evaluate(net, tok, toys, picks, after='circles', predict=predict, classes=c) for c in (('task',), ('all',), ('task', 'all')))
+        assert own.passes['images'] == wide.passes['images'] == both.passes['images'] and own.passes['images_naive'] == wide.passes['images_naive'] == both.passes['images_naive']
+        assert own.passes['prompts'] < both.passes['prompts'] <= own.passes['prompts'] + sum(len(t.classes)*len(t.templates) for t in toys)*3 # -1, 0, 1: once each, not once per task
+        named = both.matrix.selector.str.endswith(' all')
+        assert both.matrix[~named].to_csv(index=False) == own.matrix.to_csv(index=False) and both.matrix[named].to_csv(index=False) == wide.matrix.to_csv(index=False)
+        assert own.selection.to_csv() == wide.selection.to_csv() == both.selection.to_csv()
 
 
 def test_several_processes_return_the_tables_of_one():

@@ -16,6 +16,8 @@ def test_a_method_refuses_what_cannot_be():
     with pytest.raises(ValueError, match='top_k is 3, but there are 2 experts'): Method('m', experts=dict(n_experts=2, top_k=3))
     with pytest.raises(ValueError, match='tune is'): Method('m', tune='backbone')
     with pytest.raises(ValueError, match='selector'): Method('m', selectors=('psychic',))
+    for classes in ('all', (), ('task', 'union')):
+        with pytest.raises(ValueError, match="classes is .*: name 'task', 'all' or both"): Method('m', classes=classes)
     with pytest.raises(ValueError, match="a baseline is built on full fine-tuning"): Method('m', baseline=Callback())
     with pytest.raises(ValueError, match="a head looks at the frozen model"): Method('m', head=object())
     with pytest.raises(TypeError, match='experts_'): Method('m', experts=dict(experts_=2))

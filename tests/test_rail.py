@@ -93,6 +93,25 @@ def test_tasks_not_learned_stay_with_plain_clip():
     assert h.predict(View(0, -1, tasks[0][0], lambda s: zero_shot)) is zero_shot # learned, but the selector leaves it to CLIP
 
 
+def test_among_all_classes_clip_decides_whether_an_image_is_of_a_learned_task():
+    tasks, clip_says = clouds(), torch.randn(40, 6)
+    h = Rail(width=30)
+    for t in range(2): h.fit(tasks[t][0], tasks[t][1] - 2*t, torch.zeros(2, 6)) # classes 0 ... 3 of 6
+    z = tasks[1][0]
+    seen, p = clip_says.argmax(1) < 4, clip_says.double().softmax(1)
+    assert seen.any() and not seen.all()
+    found = h.predict(View(None, 1, z, lambda s: clip_says))
+    torch.testing.assert_close(found[~seen], p[~seen])
+    torch.testing.assert_close(found[seen][:, :4], (.05*p[:, :4] + .95*h.regression.scores(h.embedding(z), slice(0, 4)))[seen])
+    torch.testing.assert_close(found[seen][:, 4:], .05*p[seen][:, 4:])
+    assert h.predict(View(None, -1, z, lambda s: clip_says)) is clip_says # the selector leaves them to CLIP
+    assert Rail().predict(View(None, 0, z, lambda s: clip_says)) is clip_says # nothing has been learned
+    h.fit(tasks[2][0], tasks[2][1] - 4, torch.zeros(2, 6))
+    torch.testing.assert_close(h.predict(View(None, 0, z, lambda s: clip_says)), .05*p + .95*h.regression.scores(h.embedding(z), slice(0, 6)))
+    one = Rail(width=30).fit(tasks[0][0], tasks[0][1], torch.zeros(2, 6)) # one task: both label spaces are one
+    assert torch.equal(*(one.predict(View(t, 0, z, lambda s: clip_says[:, :2])) for t in (0, None)))
+
+
 def test_fusion_is_a_mixture_of_probabilities_and_scores_of_the_tasks_own_classes():
     (z, y), zero_shot = clouds(1)[0], torch.randn(40, 2)
     zero, half, one = (Rail(width=30, fusion=b).fit(z, y, torch.zeros(2, 6)).predict(View(0, 0, z, lambda s: zero_shot)) for b in (0., .5, 1.))

@@ -13,7 +13,7 @@ def test_a_result_is_made_again_from_its_stored_configuration_alone():
     from moe_merge_nb.cli import composed, job
     tiny = 'stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=6', 'train.warmup=1', 'train.batch=8', 'seed=5', 'data_seed=1'
     moe = 'experts.n_experts=4', 'experts.rank=2', 'merge.every=3'
-    for options in (('method=moe_merge', *moe), ('method=icarl', 'selectors=[none]'), ('method=rail',)):
+    for options in (('method=moe_merge', *moe), ('method=icarl', 'selectors=[none]'), ('method=rail', 'classes=[task,all]')):
         with tempfile.TemporaryDirectory() as d:
             job(composed(*tiny, *options), d, False)
             stored = load_result(d)

@@ -48,6 +48,16 @@ def test_another_run_is_not_continued_and_not_overwritten():
         with pytest.raises(NotThisRun, match='not finished, and no checkpoint'): found(d, PLAN)
 
 
+def test_a_run_older_than_a_setting_did_what_is_now_its_default():
+    import tempfile
+    from moe_merge_nb.state import belongs
+    with tempfile.TemporaryDirectory() as d:
+        save(begun(), d, PLAN, middle=True) # PLAN knows no label spaces
+        assert found(d, {**PLAN, 'classes': ['task']})['done'] == 0
+        with pytest.raises(NotThisRun, match=r"another classes .\['task'\], not \['task', 'all'\]"): found(d, {**PLAN, 'classes': ['task', 'all']})
+    with pytest.raises(NotThisRun, match='another classes'): belongs({**PLAN, 'classes': ['task', 'all']}, {**PLAN, 'classes': ['task']}, 'there')
+
+
 def test_a_damaged_result_is_an_error_unless_there_is_a_checkpoint():
     import tempfile
     from pathlib import Path
