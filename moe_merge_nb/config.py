@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STREAMS', 'MODELS', 'SEEN', 'FILES', 'GIVEN', 'TRAIN', 'EXPERTS', 'SELECTORS', 'MTIL_TASKS', 'MTIL_LR', 'MTIL_FEW_LR',
            'FULL', 'MTIL_FULL_LR', 'MINI_HEADS', 'MTIL_HEADS', 'MINI_FULL_LR', 'MINI_BASELINES', 'MTIL_BASELINES',
-           'PROTOCOLS', 'PROTOCOL_OF', 'METHODS', 'REWRITES', 'SPLITS', 'FRESH', 'EXPERIMENTS', 'Protocol', 'methods',
-           'method']
+           'PROTOCOLS', 'PROTOCOL_OF', 'METHODS', 'REWRITES', 'SPLITS', 'CHANGES', 'FRESH', 'OURS', 'TWO', 'BOTH',
+           'CELLS', 'TUNING', 'EXPERIMENTS', 'Protocol', 'methods', 'method']
 
 # %% ../nbs/80_config.ipynb #ca2e7a7f
 from dataclasses import dataclass, replace
@@ -59,7 +59,7 @@ class Protocol:
     heads:dict # name -> classifier on frozen features
 
 TRAIN = Train(iterations=150, batch=32, lr=1e-2, warmup=15)
-EXPERTS = dict(n_experts=22, rank=16, top_k=2, scale=0.1, dropout=0.1, shared_init=False, gate='top_k', top_p=0.4)
+EXPERTS = dict(n_experts=22, rank=16, top_k=2, scale=0.1, dropout=0.1, shared_init=False, gate='top_k', top_p=0.4, shared_blocks=0)
 SELECTORS = ('oracle', 'gaussian', 'autoencoder', 'text')
 
 # %% ../nbs/80_config.ipynb #6c2edf70
@@ -98,7 +98,8 @@ def methods(p:Protocol)->dict[str, Method]:
         *(fixed(name, selectors=('oracle', 'gaussian'), head=h) for name, h in p.heads.items()),
         Method('adapter', experts={**p.experts, 'n_experts': 1, 'top_k': 1}, train=p.train, freeze=None, selectors=('none',)),
         moe('moe'),
-        moe('moe_merge', merge=Merge())]
+        moe('moe_merge', merge=Merge()),
+        replace(moe('moe_warm', merge=Merge(every=0, start='merged')), freeze=FreezeMostUsed(2, settle=.75))]
     return {m.name: m for m in found}
 
 METHODS = methods(PROTOCOLS['mini'])
@@ -127,12 +128,35 @@ REWRITES = {'drop_least_used': drop_least_used, 'drop_least_mass': partial(drop_
 SPLITS = {'union_of_experts': union_of_experts, 'select_parts': select_parts, 'fine_grained': fine_grained}     # banks, number of parts -> banks
 
 # %% ../nbs/80_config.ipynb #76c73900
+CHANGES = {
+    'protect': {'merge.protect': True}, 'unfrozen_sources': {'merge.frozen_sources': False}, 'three_sources': {'merge.n_sources': 3},                      # what may be overwritten, what is merged
+    'once': {'merge.every': 112}, 'every10': {'merge.every': 10}, 'task_window': {'merge.window': 'task'},                                                 # when, by which counts
+    'aligned': {'merge.align': True}, 'usage_weighted': {'merge.combine': 'usage_weighted'}, 'aligned_weighted': {'merge.align': True, 'merge.combine': 'usage_weighted'},
+    'router_mean': {'merge.router': 'mean'}, 'router_zero': {'merge.router': 'zero'}, 'keep_moments': {'merge.reset_optimizer': False}, 'freeze_bug': {'freeze.freeze_bug': True},
+    'settle': {'freeze.settle': .75}, 'unsettled': {'freeze.settle': None}, 'merging_too': {'merge.every': None}, 'unsettled_protect': {'freeze.settle': None, 'merge.protect': True},
+    'start_merged': {'merge.start': 'merged'}, 'start_copy': {'merge.start': 'copy'}, 'start_fresh': {'merge.start': 'fresh'}, 'start_aligned': {'merge.align': True},
+    'experts11': {'experts.n_experts': 11}, 'experts44': {'experts.n_experts': 44}, 'experts88': {'experts.n_experts': 88}, 'top1': {'experts.top_k': 1}, 'top4': {'experts.top_k': 4},
+    'rank8': {'experts.rank': 8}, 'rank32': {'experts.rank': 32}, 'iterations60': {'train.iterations': 60, 'train.warmup': 6}, 'iterations300': {'train.iterations': 300, 'train.warmup': 30}}
+
+# %% ../nbs/80_config.ipynb #e97955db
 FRESH = [100, 101, 102, 103, 104]                                                # seeds that no setting was chosen with
+OURS, TWO, BOTH = ['moe', 'moe_merge', 'moe_warm'], ['[oracle,gaussian]'], ['[task,all]']
+CELLS = dict(order=[1, 2], data_seed=[100, 101, 102], seed=[100, 101])
+TUNING = dict(data_seed=['${seed}'], seed=[0, 1, 2])                             # the data seed follows
 EXPERIMENTS = {
     'demo': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=[0]),
+    'main': dict(method=OURS, selectors=TWO, classes=BOTH, **CELLS),
+    'bounds': dict(method=['zero_shot', 'finetune', 'adapter', 'rail', 'rail_kernel'], classes=BOTH, **{**CELLS, 'seed': [100]}),
+    'few': dict(method=[*OURS, 'zero_shot', 'rail'], shots=[5], data_seed=[100, 101, 102], seed=[100]),
+    'sharing': {'method': ['moe'], 'selectors': TWO, 'experts.shared_blocks': [0, 1, 2, 3, 4], 'data_seed': [100, 101, 102], 'seed': [100]},
+    'ablation': dict(method=OURS, selectors=TWO, **TUNING),
+    'ablation_merge': dict(method=['moe_merge'], selectors=TWO, change=['protect', 'unfrozen_sources', 'once', 'every10', 'aligned', 'usage_weighted', 'router_mean', 'router_zero', 'keep_moments', 'task_window', 'freeze_bug', 'settle', 'start_merged'], **TUNING),
+    'ablation_moe': dict(method=['moe'], selectors=TWO, change=['settle'], **TUNING),
+    'ablation_warm': dict(method=['moe_warm'], selectors=TWO, change=['unsettled', 'unsettled_protect', 'merging_too', 'start_copy', 'start_fresh', 'start_aligned'], **TUNING),
+    'ablation_size': dict(method=OURS, selectors=TWO, change=['experts11', 'experts44', 'rank8', 'rank32', 'top1', 'top4', 'iterations60'], **TUNING),
     'study': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=FRESH),
     'baselines': dict(method=['zscl', 'icarl', 'lwf', 'wise_ft', 'rail', 'rail_kernel'], seed=[100, 101, 102]),
-    'shared': {'method': ['moe'], 'experts.shared_init': [True], 'selectors': ['[oracle,gaussian]'], 'seed': FRESH},
-    'combine': {'method': ['moe_merge'], 'experts.shared_init': [True], 'selectors': ['[oracle,gaussian]'], 'merge.combine': ['mean', 'ties', 'dern', 'task_arithmetic', 'doge_relative'], 'seed': FRESH},
-    'combine_aligned': {'method': ['moe_merge'], 'experts.shared_init': [True], 'selectors': ['[oracle,gaussian]'], 'merge.combine': ['usage_weighted'], 'merge.align': [True], 'seed': FRESH},
+    'shared': {'method': ['moe'], 'experts.shared_init': [True], 'selectors': TWO, 'seed': FRESH},
+    'combine': {'method': ['moe_merge'], 'experts.shared_init': [True], 'selectors': TWO, 'merge.combine': ['mean', 'ties', 'dern', 'task_arithmetic', 'doge_relative'], 'seed': FRESH},
+    'combine_aligned': {'method': ['moe_merge'], 'experts.shared_init': [True], 'selectors': TWO, 'merge.combine': ['usage_weighted'], 'merge.align': [True], 'seed': FRESH},
 }

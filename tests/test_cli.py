@@ -5,7 +5,8 @@ import contextlib, io
 import pytest
 from hydra.errors import ConfigCompositionException
 from moe_merge_nb.results import *
-from moe_merge_nb.config import METHODS
+from dataclasses import replace
+from moe_merge_nb.config import CHANGES, METHODS
 from moe_merge_nb.cli import *
 
 
@@ -30,6 +31,20 @@ def test_settings_follow_the_stream_and_the_shots_unless_given():
     m = method_of(composed('stream=mtil', 'method=zscl', 'shots=5', 'baseline.weight=3', 'train.workers=0'))
     assert m.train.iterations == 500 and m.train.lr_of('MNIST') == 5e-5 and m.baseline.every == 100 and m.baseline.weight == 3 and m.train.workers == 0
     assert method_of(composed('method=zscl')).baseline.every == 15 and method_of(composed('stream=mtil', 'experts.rank=8')).experts == {**METHODS['moe'].experts, 'rank': 8}
+
+
+def test_a_change_sets_the_fields_it_names():
+    cfg = composed('method=moe_merge', 'change=protect')
+    assert cfg.change == 'protect' and method_of(cfg).merge == replace(METHODS['moe_merge'].merge, protect=True)
+    assert method_of(composed('method=moe_warm', 'change=unsettled')).freeze.settle is None
+    for name, settings in CHANGES.items():                                          # each can be made by the method it is for
+        base = 'moe_warm' if name in ('unsettled', 'unsettled_protect', 'merging_too', 'start_copy', 'start_fresh', 'start_aligned') else 'moe_merge'
+        method_of(composed(f'method={base}', f'change={name}'))
+
+
+def test_the_cells_of_an_experiment_that_follow_a_setting_follow_it():
+    assert composed('experiment=ablation', 'seed=3').data_seed == 3 and composed('experiment=main', 'seed=3').data_seed == 0
+    assert experiment_options('x', dict(data_seed=['${seed}'], seed=[0, 1]))['hydra']['sweeper']['params'] == dict(seed='0,1')
 
 
 def test_long_names_are_cut_and_stay_apart():
