@@ -35,6 +35,15 @@ def test_a_bank_that_does_not_fit_together_is_refused():
     with pytest.raises(ValueError, match='no further tasks'): with_banks(small, [one, *others]).add_task()
 
 
+def test_closed_routers_stay_closed_and_keep_one_expert():
+    net = AdaptedCLIP(load_clip(pretrained='random')[0], n_experts=4, rank=2); net.add_task(); net.add_task()
+    for m in net.moes: m.routers[0].closed[:2] = True
+    again = with_banks(net, banks(net))
+    assert all(torch.equal(a.closed, b.closed) for m, n in zip(net.moes, again.moes) for a, b in zip(m.routers, n.routers))
+    with pytest.raises(ValueError, match='task 0 has no column left to select in image block 0'): close(banks(net)[0], [2, 3])
+    assert close(banks(net)[0], [0, 1, 3]).place.sum() == 1
+
+
 def test_dropping_an_expert_that_nobody_selects_changes_nothing():
     from moe_merge_nb.moe import MoE, mixture
     torch.manual_seed(0)

@@ -31,12 +31,14 @@ class Bank:
     scale:float # s, factor on every expert's output
     base:State|None=None # what all experts started from, with `shared_init`
     stored:int|None=None # numbers that need storing, where a rule has compressed the experts; None: all of them
+    closed:Tensor|None=None # (tasks, columns) what a task's router never selects; None: no router is closed
 
     def __post_init__(self):
         (E, P), n = self.place.shape, len(self.states)
         if P != n or self.always.shape != (n,): raise ValueError(f'the bank of {self.tower} block {self.block} has {n} experts, but place is {tuple(self.place.shape)} and always {tuple(self.always.shape)}')
         if E != self.gate.shape[-1]: raise ValueError(f'the bank of {self.tower} block {self.block} has {self.gate.shape[-1]} router columns, but place is {tuple(self.place.shape)}')
         if not self.place.any(): raise ValueError(f'every column of {self.tower} block {self.block} is closed: leave one expert to select')
+        if self.closed is not None and (t := ((self.place == 0).all(1) | self.closed).all(1).nonzero().flatten().tolist()): raise ValueError(f'task {t[0]} has no column left to select in {self.tower} block {self.block}: its router was closed for all others (freeze.settle); keep its experts, or merge instead of dropping')
 
 def on_cpu(expert)->State:
     "A copy of its state in main memory, where banks are rewritten."
@@ -51,7 +53,7 @@ def bank(
     if moe.mix is not once: raise ValueError(f'{moe.tower} block {moe.block} mixes by {moe.mix!r}: only the default mixture can be rewritten')
     if not moe.routers: raise ValueError(f'{moe.tower} block {moe.block} has learned no task: there is nothing to rewrite')
     place, always = (torch.eye(P), torch.zeros(P)) if moe.place is None else (moe.place.cpu().clone(), moe.always.cpu().clone())
-    return Bank(moe.tower, moe.block, [on_cpu(e) for e in moe.experts], stack('gate'), stack('noise'), place, always, moe.gate, moe.experts[0].scale, on_cpu(moe.base) if moe.base else None, moe.stored)
+    return Bank(moe.tower, moe.block, [on_cpu(e) for e in moe.experts], stack('gate'), stack('noise'), place, always, moe.gate, moe.experts[0].scale, on_cpu(moe.base) if moe.base else None, moe.stored, stack('closed') if any(r.closed.any() for r in moe.routers) else None)
 
 # %% ../../nbs/rewrites/01_bank.ipynb #befbddd7
 def layer(b:Bank, dropout:float=0.)->MoE: # in evaluation mode
@@ -62,6 +64,7 @@ def layer(b:Bank, dropout:float=0.)->MoE: # in evaluation mode
     for t in range(tasks):
         router = Router(width, E)
         router.gate.data, router.noise.data = b.gate[t].clone(), b.noise[t].clone()
+        if b.closed is not None: router.closed.copy_(b.closed[t])
         moe.routers.append(router)
     if b.base: moe.base = copy.deepcopy(moe.experts[0]); write(moe.base, b.base)
     moe.place, moe.always, moe.stored = b.place.clone(), b.always.clone(), b.stored

@@ -66,7 +66,7 @@ def segment(b:Bank, m:int, n_shared:int=0, counts:Tensor|None=None)->Bank:
     always = fields.pop('always') + place[shared].sum(0) / k
     place = place.index_fill(0, shared, 0.) * (m - n_shared / k)
     double = lambda t: t.repeat_interleave(m, dim=-1)
-    return replace(b, gate=double(b.gate), noise=double(b.noise), place=place, always=always, select=partial(top_k_gates, k=m*k - n_shared), **fields)
+    return replace(b, gate=double(b.gate), noise=double(b.noise), closed=None if b.closed is None else double(b.closed), place=place, always=always, select=partial(top_k_gates, k=m*k - n_shared), **fields)
 
 # %% ../../nbs/rewrites/09_split.ipynb #ffa56814
 def from_dense(
