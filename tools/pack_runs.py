@@ -1,7 +1,25 @@
-"Store the runs of `make measure` with the package: the measurements that README, figure notebooks and the comparison of rules show."
-from moe_merge_nb.measured import FIELDS, FOLDER, ordered, store
+"""Store the runs of `make measure` with the package: the measurements that README, figure notebooks and the study show.
+
+    python tools/pack_runs.py            # what is in runs/; experiments that were not run stay as they are stored
+    python tools/pack_runs.py FOLDER     # the same with another folder for runs/"""
+import sys
+from pathlib import Path
+from moe_merge_nb.measured import CHOICES, FIELDS, FOLDER, MADE, ordered, store
 from moe_merge_nb.results import load_results, pack
 
+FULL = {'mini': ['study', 'baselines'], 'demo': ['demo']}                                        # with the experts of a few runs
+STUDY = {'main': ['main', 'bounds'], 'few': ['few'], 'sharing': ['sharing'], 'ablation': ['ablation', 'ablation_merge', 'ablation_moe', 'ablation_warm', 'ablation_size'],
+         'combine': ['shared', 'combine', 'combine_aligned']}
+
+def finished(folders:list[Path])->list:
+    "The runs that got to their end."
+    runs = [r for f in folders for r in load_results([f])]
+    return [r for r in runs if all(len(g) == len(r.config['tasks'])**2 for _, g in r.matrix.groupby('selector'))]
+
 if __name__ == '__main__':
-    for name, runs in {'mini': ['runs/study', 'runs/baselines'], 'demo': ['runs/demo']}.items(): print(*store(runs, name), sep='\n')
-    print(pack(ordered(load_results(['runs/shared', 'runs/combine', 'runs/combine_aligned'])), FOLDER/'combine.csv.gz', (*FIELDS, 'experts.shared_init')))
+    root = Path(sys.argv[1] if len(sys.argv) > 1 else 'runs')
+    for name, experiments in (FULL | STUDY).items():
+        there = [f for e in experiments if (f := root/e).is_dir()]
+        if not there: print(f'{name}: no runs'); continue
+        made = store(there, name) if name in FULL else [pack(ordered(finished(there)), FOLDER/f'{name}.csv.gz', (*FIELDS, *CHOICES, *MADE))]
+        print(*made, sep='\n')
