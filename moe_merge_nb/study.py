@@ -76,12 +76,13 @@ def interval(values, # (cells,)
     return Interval(float(mean), float(s), float(s/sqrt(n)), n, float(mean - half), float(mean + half))
 
 # %% ../nbs/76_study.ipynb #ac98ae91
-def effects(runs, reference, by:Callable=method_of, level=.95)->pd.DataFrame: # setting, selector, metric, mean, sd, se, n, low, high; clusters, mean_clustered, low_clustered, high_clustered
+def effects(runs, reference, by:Callable=method_of, level=.95)->pd.DataFrame: # setting, selector, metric, mean, sd, se, n, low, high; clusters, mean_clustered, se_clustered, low_clustered, high_clustered
     "Mean paired difference of every setting to `reference` with its interval, over cells and over data seeds"
-    rows = []
-    for keys, g in differences(runs, reference, by).groupby(['setting', 'selector', 'metric'], sort=False):
+    d, rows = differences(runs, reference, by), []
+    first = {c: list(dict.fromkeys(d[c])) for c in ('setting', 'selector')}
+    for keys, g in sorted(d.groupby(['setting', 'selector', 'metric'], sort=False), key=lambda kg: (first['setting'].index(kg[0][0]), first['selector'].index(kg[0][1]))):
         each, seeds = interval(g.difference, level=level), interval(g.difference, g.data_seed.fillna(-1), level)
-        clustered = dict(clusters=seeds.n, mean_clustered=seeds.mean, low_clustered=seeds.low, high_clustered=seeds.high)
+        clustered = dict(clusters=seeds.n, mean_clustered=seeds.mean, se_clustered=seeds.se, low_clustered=seeds.low, high_clustered=seeds.high)
         rows.append(dict(zip(('setting', 'selector', 'metric'), keys)) | each._asdict() | clustered)
     return pd.DataFrame(rows)
 
