@@ -135,6 +135,28 @@ def test_a_finished_run_is_read_and_not_done_again():
         with pytest.raises(NotThisRun, match='holds a run with another seed .0, not 1.'): loop.run(toy_stream(2), small(), 1, backbone, directory=d, progress=False)
 
 
+def test_both_label_spaces_are_evaluated_and_belong_to_the_run():
+    import json, tempfile
+    from pathlib import Path
+    from unittest.mock import patch
+    from moe_merge_nb import loop
+    both = replace(small(), classes=('task', 'all'))
+    plain = loop.run(toy_stream(2), small(), 0, backbone, progress=False)
+    with tempfile.TemporaryDirectory() as d:
+        r = loop.run(toy_stream(2), both, 0, backbone, directory=d, progress=False)
+        with patch.object(loop, 'start', lambda *args: 1/0): same(loop.run(toy_stream(2), both, 0, backbone, directory=d, progress=False), r)
+        with pytest.raises(NotThisRun, match='another classes'): loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+    assert selectors(r) == ['oracle', 'gaussian', 'oracle all', 'gaussian all'] and r.config['classes'] == ('task', 'all')
+    assert r.matrix[~r.matrix.selector.str.endswith(' all')].to_csv(index=False) == plain.matrix.to_csv(index=False) and r.selection.to_csv() == plain.selection.to_csv()
+    assert all((accuracy_matrix(r, f'{x} all') <= accuracy_matrix(r, x)).all() for x in ('oracle', 'gaussian'))
+    with tempfile.TemporaryDirectory() as d: # a finished run from before there were label spaces
+        loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        config = {k: v for k, v in json.loads(Path(d, 'config.json').read_text()).items() if k != 'classes'}
+        Path(d, 'config.json').write_text(json.dumps(config))
+        Path(d, 'sha256.json').unlink()
+        with patch.object(loop, 'start', lambda *args: 1/0): same(loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False), plain)
+
+
 def test_a_checkpoint_of_other_settings_is_not_continued_and_not_lost():
     import tempfile
     from moe_merge_nb.checkpoint import read_newest, write_newest

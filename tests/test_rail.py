@@ -112,6 +112,32 @@ def test_among_all_classes_clip_decides_whether_an_image_is_of_a_learned_task():
     assert torch.equal(*(one.predict(View(t, 0, z, lambda s: clip_says[:, :2])) for t in (0, None)))
 
 
+def test_counts_among_all_classes_are_those_of_a_loop_over_images():
+    from moe_merge_nb.adapt import AdaptedCLIP
+    from moe_merge_nb.backbone import load_clip
+    from moe_merge_nb.evaluate import evaluate
+    from moe_merge_nb.features import class_embeddings
+    from moe_merge_nb.select import Latest, dataset_features
+    from moe_merge_nb.tasks import toy_stream
+    clip, tokenizer = load_clip('pico', 'random')
+    net, toys, h, latest, n_wrong = AdaptedCLIP(clip, n_experts=0).eval(), toy_stream(3), Rail(width=64), Latest(), 0
+    for t in toys.tasks[:2]:
+        h.fit(*dataset_features(clip, t.train), class_embeddings(net, tokenizer, t))
+        latest.fit(None)
+    rows = evaluate(net, tokenizer, toys, {'none': latest}, 'circles', predict=h.predict, progress=False, classes=('task', 'all')).matrix
+    texts = torch.cat([class_embeddings(net, tokenizer, t) for t in toys]) # (9, d)
+    for i, t in enumerate(toys):
+        features, labels = dataset_features(clip, t.test)
+        z, right = h.embedding(features), 0
+        for k in range(len(labels)):
+            p = (net.logit_scale.exp()*z[k].float() @ texts.T).double().softmax(0)
+            if p.argmax() < 6: p = .05*p + .95*F.pad(h.regression.scores(z[k:k + 1], slice(0, 6))[0], (0, 3)) # CLIP: of a learned task
+            right += int(p.argmax() == 3*i + labels[k])
+        assert rows[(rows.selector == 'none all') & (rows.task == t.name)].accuracy.item() == pytest.approx(100*right/len(labels)), t.name
+        n_wrong += len(labels) - right
+    assert 0 < n_wrong < 72
+
+
 def test_fusion_is_a_mixture_of_probabilities_and_scores_of_the_tasks_own_classes():
     (z, y), zero_shot = clouds(1)[0], torch.randn(40, 2)
     zero, half, one = (Rail(width=30, fusion=b).fit(z, y, torch.zeros(2, 6)).predict(View(0, 0, z, lambda s: zero_shot)) for b in (0., .5, 1.))
