@@ -38,7 +38,7 @@ def test_a_change_sets_the_fields_it_names():
     assert cfg.change == 'protect' and method_of(cfg).merge == replace(METHODS['moe_merge'].merge, protect=True)
     assert method_of(composed('method=moe', 'change=settle')).freeze.settle == .75
     for name, settings in CHANGES.items():                                          # each can be made by the method it is for
-        base = 'moe_warm' if name in ('unprotected', 'settle_unprotected', 'merging_too', 'start_copy', 'start_fresh', 'start_aligned') else 'moe_merge'
+        base = 'moe_warm' if name in ('unprotected', 'settle_unprotected', 'merging_too', 'merging_unfrozen', 'start_copy', 'start_fresh', 'start_aligned') else 'moe_merge'
         method_of(composed(f'method={base}', f'change={name}'))
 
 
