@@ -29,7 +29,8 @@ class FreezeMostUsed(Callback):
         if type(self.settle) not in (int, float) or not 0 < self.settle <= 1: raise ValueError(f'freeze.settle is {self.settle!r}: choose a fraction above 0, at most 1, or null')
         if self.freeze_bug or self.n < 1: raise ValueError(f'freeze.settle is {self.settle} with freeze.freeze_bug={self.freeze_bug} and freeze.n={self.n}: a closed router needs experts that are frozen by its own counts; leave freeze.settle at null')
 
-    def midway(self)->dict: return {}                                           # what was closed is part of the model
+    def midway(self)->dict|None: # what was closed is part of the model; a subclass that does more says itself what must survive
+        return {} if all(getattr(type(self), name) is getattr(FreezeMostUsed, name) for name in ('before_task', 'after_step')) else None
 
     def after_step(self, learner:Learner):
         if self.settle is not None and learner.iteration == max(1, int(self.settle * learner.settings.iterations)): close_routers(learner.model, learner.counts(), self.n)
