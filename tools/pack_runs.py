@@ -13,13 +13,14 @@ STUDY = {'main': ['main', 'bounds'], 'controls': ['controls'], 'few': ['few'], '
 
 def finished(folders:list[Path])->list:
     "The runs that got to their end."
-    runs = [r for f in folders for r in load_results([f])]
+    runs = [r for f in folders if any(f.rglob('config.json')) for r in load_results([f])]
     return [r for r in runs if all(len(g) == len(r.config['tasks'])**2 for _, g in r.matrix.groupby('selector'))]
 
 if __name__ == '__main__':
     root = Path(sys.argv[1] if len(sys.argv) > 1 else 'runs')
     for name, experiments in (FULL | STUDY).items():
         there = [f for e in experiments if (f := root/e).is_dir()]
-        if not there: print(f'{name}: no runs'); continue
-        made = store(there, name) if name in FULL else [pack(ordered(finished(there)), FOLDER/f'{name}.csv.gz', (*FIELDS, *CHOICES, *MADE))]
+        runs = there if name in FULL else finished(there)
+        if not runs: print(f'{name}: no runs'); continue
+        made = store(runs, name) if name in FULL else [pack(ordered(runs), FOLDER/f'{name}.csv.gz', (*FIELDS, *CHOICES, *MADE))]
         print(*made, sep='\n')
