@@ -63,7 +63,7 @@ def test_report_of_runs_with_and_without_what_the_figures_need():
         text = (Path(d)/'report.html').read_text(encoding='utf-8')
         assert 'moe_merge' in printed.getvalue() and str(Path(d)/'report.html') in printed.getvalue()
     assert len(re.findall('<h2 ', text)) == len(NOTEBOOKS) == len(re.findall('<li><a', text))
-    assert text.count('None of these runs has saved') == 1 and 'Neuron for neuron' not in text
+    assert text.count('These rows come with the package') == 1
     assert text.count('data:image/png') >= 6 and 'Traceback' not in text and len(text) < 5e6
     assert '<script' not in text and '<link' not in text and 'src="http' not in text
     print(printed.getvalue().split('report:')[0])

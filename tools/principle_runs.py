@@ -3,7 +3,7 @@
     python tools/principle_runs.py                    # seeds 100 ... 104, about a minute each on one core
     python tools/principle_runs.py --seeds 0 --tasks 1 --out /tmp/principle.csv.gz
 
-What is in the file is kept; a seed and method that is missing is trained, and added when it is through."""
+What is in the file is kept; a seed and method that is missing is trained, and added when it is through. One process per file."""
 import argparse, gzip, io
 from pathlib import Path
 import pandas as pd
@@ -27,12 +27,11 @@ def write(table, path):
 
 def stored(path):
     "What is there."
-    return pd.read_csv(path, keep_default_na=False) if path.is_file() else pd.DataFrame(columns=COLUMNS)
+    return pd.read_csv(path, keep_default_na=False, dtype=dict(commit=str)) if path.is_file() else pd.DataFrame(columns=COLUMNS)
 
-def measure(seed, name, n_tasks):
+def measure(seed, name, n_tasks, about):
     "All rows of one run."
     rows, _ = watched(first(mini(seed), n_tasks), method(name), seed, load_clip(), Merge())
-    about = provenance()
     return pd.DataFrame(rows).assign(seed=seed, method=name, commit=about['commit'], torch=about['torch'])
 
 if __name__ == '__main__':
@@ -42,10 +41,11 @@ if __name__ == '__main__':
     p.add_argument('--out', type=Path, default=OUT)
     a = p.parse_args()
     torch.set_num_threads(1)
+    about = provenance()                                                        # of the code that has been read
     for seed in a.seeds:
         for name in ('moe', 'moe_merge'):
             table = stored(a.out)
             if ((table.seed == seed) & (table.method == name)).any(): continue
-            rows = measure(seed, name, a.tasks)
-            write(pd.concat([t for t in (stored(a.out), rows) if len(t)]).sort_values(['seed', 'method'], kind='stable'), a.out)    # another seed may have come in between
+            rows = measure(seed, name, a.tasks, about)
+            write(pd.concat([t for t in (table, rows) if len(t)]).sort_values(['seed', 'method'], kind='stable'), a.out)
             print(f'seed {seed}, {name}: {len(rows)} rows', flush=True)
