@@ -39,6 +39,7 @@ STUDY = main controls bounds few sharing ablation ablation_moe ablation_merge ab
 study: install
 	for e in $(STUDY); do $(BIN)/moe-merge -m experiment=$$e || exit 1; done
 	$(BIN)/python tools/pack_runs.py
+	$(BIN)/python tools/principle_runs.py
 
 measure: install
 	$(BIN)/moe-merge -m experiment=study
