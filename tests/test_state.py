@@ -50,7 +50,6 @@ def test_another_run_is_not_continued_and_not_overwritten():
 
 def test_a_run_older_than_a_setting_did_what_is_now_its_default():
     import tempfile
-    from moe_merge_nb.state import belongs
     with tempfile.TemporaryDirectory() as d:
         save(begun(), d, PLAN, middle=True) # PLAN knows no label spaces
         assert found(d, {**PLAN, 'classes': ['task']})['done'] == 0

@@ -65,7 +65,7 @@ def weighed(n, at):
     for i in at: tasks[i] = replace(tasks[i], train=Weighed(tasks[i].train), calibration=None)
     return tasks, lambda: [tasks[i].train.notes[0] for i in at]
 
-ROUTERS = 4 * 2 * 16 * 6 * 4                                                                     # of a task: blocks, gate and noise, width, experts, bytes
+ROUTERS = 4 * (2 * 16 * 6 * 4 + 6)                                                                  # of a task: blocks; gate and noise, width, experts, bytes; which experts are closed
 LEFT = 16                                                                                        # anything else that a task may leave
 
 @pytest.fixture(scope='module')
