@@ -179,10 +179,12 @@ def fill(
     check_fit(module, tensors, what)
     module.load_state_dict(tensors)
 
+# %% ../nbs/74_share.ipynb #cc747fa2
 def all_open(model:AdaptedCLIP)->dict[str, Tensor]:
     "What files from before routers could be closed do not hold: that none is."
     return {f'{i}.routers.{t}.closed': torch.zeros_like(r.closed) for i, moe in enumerate(model.moes) for t, r in enumerate(moe.routers)}
 
+# %% ../nbs/74_share.ipynb #da09d9a0
 def read_header(path)->dict|None: # None: not one of ours
     "The header of a safetensors file, without reading its tensors."
     try:

@@ -1,7 +1,7 @@
 """Figure 1: train the first tasks of MTIL-mini with and without merging, and measure at every merge (see moe_merge_nb/principle.py).
 
     python tools/principle_runs.py                    # seeds 100 ... 104, about a minute each on one core
-    python tools/principle_runs.py --seeds 0 --tasks 1 --out /tmp/principle.csv.gz
+    python tools/principle_runs.py --seeds 0 --tasks 1 --out principle_try.csv.gz
 
 What is in the file is kept; a seed and method that is missing is trained, and added when it is through. One process per file."""
 import argparse, gzip, io
