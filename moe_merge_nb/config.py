@@ -134,7 +134,7 @@ CHANGES = {
     'aligned': {'merge.align': True}, 'usage_weighted': {'merge.combine': 'usage_weighted'}, 'aligned_weighted': {'merge.align': True, 'merge.combine': 'usage_weighted'},
     'router_mean': {'merge.router': 'mean'}, 'router_zero': {'merge.router': 'zero'}, 'keep_moments': {'merge.reset_optimizer': False}, 'freeze_bug': {'freeze.freeze_bug': True},
     'settle': {'freeze.settle': .75}, 'unprotected': {'merge.protect': False}, 'settle_unprotected': {'freeze.settle': .75, 'merge.protect': False}, 'merging_too': {'merge.every': None}, 'merging_unfrozen': {'merge.every': None, 'merge.frozen_sources': False}, 'unfrozen_protect': {'merge.frozen_sources': False, 'merge.protect': True},
-    'start_merged': {'merge.start': 'merged'}, 'start_copy': {'merge.start': 'copy'}, 'start_fresh': {'merge.start': 'fresh'}, 'start_aligned': {'merge.align': True},
+    'start_merged': {'merge.start': 'merged'}, 'start_copy': {'merge.start': 'copy'}, 'start_pairs': {'merge.start': 'pairs'}, 'start_fresh': {'merge.start': 'fresh'}, 'start_aligned': {'merge.align': True},
     'experts11': {'experts.n_experts': 11}, 'experts44': {'experts.n_experts': 44}, 'experts88': {'experts.n_experts': 88}, 'top1': {'experts.top_k': 1}, 'top4': {'experts.top_k': 4},
     'rank8': {'experts.rank': 8}, 'rank32': {'experts.rank': 32}, 'iterations60': {'train.iterations': 60, 'train.warmup': 6}, 'iterations300': {'train.iterations': 300, 'train.warmup': 30}}
 
@@ -153,7 +153,7 @@ EXPERIMENTS = {
     'ablation': dict(method=OURS, selectors=TWO, **TUNING),
     'ablation_merge': dict(method=['moe_merge'], selectors=TWO, change=['protect', 'unfrozen_sources', 'once', 'every10', 'aligned', 'usage_weighted', 'router_mean', 'router_zero', 'keep_moments', 'task_window', 'freeze_bug', 'settle', 'unfrozen_protect'], **TUNING),
     'ablation_moe': dict(method=['moe'], selectors=TWO, change=['settle'], **TUNING),
-    'ablation_warm': dict(method=['moe_warm'], selectors=TWO, change=['unprotected', 'settle_unprotected', 'merging_too', 'merging_unfrozen', 'start_copy', 'start_fresh', 'start_aligned'], **TUNING),
+    'ablation_warm': dict(method=['moe_warm'], selectors=TWO, change=['unprotected', 'settle_unprotected', 'merging_too', 'merging_unfrozen', 'start_copy', 'start_pairs', 'start_fresh', 'start_aligned'], **TUNING),
     'ablation_size': dict(method=OURS, selectors=TWO, change=['experts11', 'experts44', 'rank8', 'rank32', 'top1', 'top4', 'iterations60'], **TUNING),
     'study': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=FRESH),
     'baselines': dict(method=['zscl', 'icarl', 'lwf', 'wise_ft', 'rail', 'rail_kernel'], seed=[100, 101, 102]),

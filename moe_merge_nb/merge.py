@@ -74,7 +74,7 @@ def align(
     return {**state, 'down.weight': state['down.weight'][p], 'down.bias': state['down.bias'][p], 'up.weight': state['up.weight'][:, p]}
 
 # %% ../nbs/42_merge.ipynb #cd1afe6d
-START = ('keep', 'merged', 'copy', 'fresh')         # 'merged': all frozen experts combined; controls: a 'copy' of a frozen one each, 'fresh': as before any training
+START = ('keep', 'merged', 'pairs', 'copy', 'fresh')    # all frozen experts combined, two of them each, a copy of one each, as before any training
 
 RULES = 'moe_merge_nb.rewrites'
 COMBINE = {'mean': mean, 'usage_weighted': usage_weighted, 'submoe': f'{RULES}.submoe.subspace', 'dern': f'{RULES}.dern.recombine',      # a name stands for where Python finds it
@@ -186,7 +186,11 @@ def start_merged(
     targets = [e for e in range(len(moe.experts)) if e not in sources and e not in protected]
     if rule.start == 'keep' or not sources or not targets: return None
     states = [read(moe.experts[e]) for e in sources]
-    if rule.start == 'merged': states = [merged_state(moe, rule, states, torch.ones(len(states)))]
+    n = len(states)
+    if rule.start == 'merged': states = [merged_state(moe, rule, states, torch.ones(n))]
+    if rule.start == 'pairs' and n > 1:
+        pairs = [(i, (i + k) % n) for k in range(1, n) for i in range(n)][:len(targets)]
+        states = [merged_state(moe, rule, [states[i], states[j]], torch.ones(2)) for i, j in pairs]
     if rule.start == 'fresh':
         new = make_experts(len(targets), moe.width, len(states[0]['down.bias']), shared_init=moe.base is not None)
         states = [{n: t.to(moe.frozen.device) for n, t in read(e).items()} for e in new]

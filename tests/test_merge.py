@@ -130,6 +130,15 @@ def test_a_task_begins_with_the_mean_of_the_frozen_experts_and_spares_the_protec
     for e in (0, 2, 3): torch.testing.assert_close(moe.experts[e].up.weight, (moe.experts[1].up.weight + moe.experts[4].up.weight)/2)
 
 
+def test_pairs_of_frozen_experts_are_averaged_other_two_for_every_open_expert():
+    torch.manual_seed(0)
+    moe = MoE('image', 0, 8, 6, 3); moe.add_task()
+    for p in moe.parameters(): torch.nn.init.normal_(p)
+    moe.freeze([1, 3, 4]); start_merged(moe, Merge(every=0, start='pairs'))
+    up = lambda e: moe.experts[e].up.weight
+    for e, (i, j) in {0: (1, 3), 2: (3, 4), 5: (4, 1)}.items(): torch.testing.assert_close(up(e), (up(i) + up(j))/2)
+
+
 def test_the_controls_copy_frozen_experts_or_begin_anew():
     torch.manual_seed(0)
     for start in ('copy', 'fresh'):
