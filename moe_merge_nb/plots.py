@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.patches import Rectangle
 
 # %% ../nbs/71_plots.ipynb #39374be7
-METHOD_COLOURS = {'zero_shot': '#7f7f7f', 'finetune': '#d55e00', 'adapter': '#e69f00', 'moe': '#0072b2', 'moe_merge': '#009e73', 'moe_warm': '#a6761d',
+METHOD_COLOURS = {'zero_shot': '#7f7f7f', 'finetune': '#d55e00', 'adapter': '#e69f00', 'moe': '#0072b2', 'moe_merge': '#009e73', 'moe_warm': '#a6761d', 'moe_copy': '#6a3d9a',
                   'lwf': '#e8a0bf', 'wise_ft': '#cc79a7', 'zscl': '#aa4499', 'icarl': '#882255', 'rail': '#56b4e9', 'rail_kernel': '#332288'}
 OTHER = '#444444'
 

@@ -30,6 +30,20 @@ def test_every_block_merges_at_the_planned_iterations():
     assert all(e['target'] not in e['sources'] for e in merges)
 
 
+def test_a_fitted_merge_sees_what_the_blocks_read_and_training_goes_on_as_it_would():
+    class Look(Callback):
+        def after_step(self, learner):
+            if learner.iteration != 5: return
+            before, self.x = torch.get_rng_state(), tokens_read(learner, images=4, tokens=50)
+            self.same = torch.equal(before, torch.get_rng_state()) and learner.model.training
+    look = Look()
+    model, _, _ = trained(Merge(every=4, fit=True, start='merged'), n_tasks=2, callbacks=[look])
+    assert look.same and set(look.x) == {(m.tower, m.block) for m in model.moes}
+    assert all(x.shape[1] == m.width and 0 < len(x) <= 50 for m, x in zip(model.moes, look.x.values()))
+    plain, _, _ = trained(Merge(every=4, start='merged'), n_tasks=2)
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters()))
+
+
 def test_the_window_starts_at_the_last_merge():
     for window, sums in (('since_last', [64, 64, 64]), ('task', [64, 128, 192])):
         _, learners, _ = trained(Merge(every=4, window=window))

@@ -53,6 +53,18 @@ def test_a_new_expert_can_be_balanced_and_aligned():
     assert all(t.isfinite().all() for t in align(balance(a), balance(b)).values())
 
 
+def test_fitting_brings_a_combination_nearer_to_the_mean_of_the_functions():
+    torch.manual_seed(0)
+    a, b = ({n: torch.randn(s) for n, s in {'down.weight': (5, 8), 'down.bias': (5,), 'up.weight': (8, 5), 'up.bias': (8,)}.items()} for _ in range(2))
+    f = lambda s, x: (x @ s['down.weight'].T + s['down.bias']).relu() @ s['up.weight'].T + s['up.bias']
+    x, new = torch.randn(400, 8), torch.randn(400, 8)
+    lacks = lambda s: (f(s, new) - (f(a, new) + f(b, new))/2).norm()
+    m = mean([a, b])
+    assert lacks(fit(m, [a, b], x)) < .8 * lacks(m)
+    c = {**a, 'up.weight': torch.randn(8, 5), 'up.bias': torch.randn(8)}                    # the same neurons: nothing need be missing
+    torch.testing.assert_close(f(fit(a, [a, c], x, 1e-9), new), (f(a, new) + f(c, new))/2, rtol=1e-3, atol=1e-3)
+
+
 def test_impossible_choices_are_refused_by_field():
     for field, value in dict(every=-1, until=1.5, start='mean', n_sources=1, window='all', router='best', combine='no_such').items():
         with pytest.raises(ValueError, match=f'merge.{field}'): Merge(**{field: value})
