@@ -35,7 +35,7 @@ test: install
 lab: install
 	$(BIN)/jupyter lab nbs
 
-STUDY = main controls bounds few sharing ablation ablation_moe ablation_merge ablation_warm ablation_size
+STUDY = main confirm controls bounds few sharing ablation ablation_merge ablation_warm ablation_size ablation_copy
 study: install
 	for e in $(STUDY); do $(BIN)/moe-merge -m experiment=$$e || exit 1; done
 	$(BIN)/python tools/pack_runs.py

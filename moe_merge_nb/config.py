@@ -130,12 +130,12 @@ SPLITS = {'union_of_experts': union_of_experts, 'select_parts': select_parts, 'f
 
 # %% ../nbs/80_config.ipynb #76c73900
 CHANGES = {
-    'protect': {'merge.protect': True}, 'unfrozen_sources': {'merge.frozen_sources': False}, 'three_sources': {'merge.n_sources': 3},                      # what may be overwritten, what is merged
+    'protect': {'merge.protect': True}, 'unfrozen_sources': {'merge.frozen_sources': False}, 'unfrozen_protect': {'merge.frozen_sources': False, 'merge.protect': True},   # what may be overwritten, what is merged
     'once': {'merge.every': 112}, 'every10': {'merge.every': 10}, 'task_window': {'merge.window': 'task'},                                                 # when, by which counts
-    'aligned': {'merge.align': True}, 'usage_weighted': {'merge.combine': 'usage_weighted'}, 'fit': {'merge.fit': True}, 'aligned_fit': {'merge.align': True, 'merge.fit': True},       # how it is merged
+    'aligned': {'merge.align': True}, 'usage_weighted': {'merge.combine': 'usage_weighted'}, 'fit': {'merge.fit': True},           # how it is merged
     'router_mean': {'merge.router': 'mean'}, 'router_zero': {'merge.router': 'zero'}, 'keep_moments': {'merge.reset_optimizer': False}, 'freeze_bug': {'freeze.freeze_bug': True},
-    'settle': {'freeze.settle': .75}, 'unprotected': {'merge.protect': False}, 'settle_unprotected': {'freeze.settle': .75, 'merge.protect': False}, 'merging_too': {'merge.every': None}, 'merging_unfrozen': {'merge.every': None, 'merge.frozen_sources': False}, 'unfrozen_protect': {'merge.frozen_sources': False, 'merge.protect': True},
-    'start_copy': {'merge.start': 'copy'}, 'start_pairs': {'merge.start': 'pairs'}, 'start_fresh': {'merge.start': 'fresh'}, 'start_aligned': {'merge.align': True},
+    'start_copy': {'merge.start': 'copy'}, 'start_pairs': {'merge.start': 'pairs'}, 'start_fresh': {'merge.start': 'fresh'},      # what a task begins with
+    'merging_unfrozen': {'merge.every': None, 'merge.frozen_sources': False},
     'experts11': {'experts.n_experts': 11}, 'experts44': {'experts.n_experts': 44}, 'experts88': {'experts.n_experts': 88}, 'top1': {'experts.top_k': 1}, 'top4': {'experts.top_k': 4},
     'rank8': {'experts.rank': 8}, 'rank32': {'experts.rank': 32}, 'iterations60': {'train.iterations': 60, 'train.warmup': 6}}
 
@@ -150,13 +150,13 @@ EXPERIMENTS = {
     'confirm': dict(method=['moe', 'moe_merge', 'moe_copy'], selectors=TWO, classes=BOTH, order=[1, 2], data_seed=[103, 104, 105], seed=[102, 103]),
     'controls': dict(method=['moe_warm'], change=['start_copy', 'start_fresh'], selectors=TWO, classes=BOTH, **{**CELLS, 'order': [1], 'seed': [100]}),
     'bounds': dict(method=['zero_shot', 'finetune', 'adapter', 'rail', 'rail_kernel'], classes=BOTH, **{**CELLS, 'seed': [100]}),
-    'few': dict(method=[*OURS, 'zero_shot', 'rail'], shots=[5], data_seed=[100, 101, 102], seed=[100]),
+    'few': dict(method=[*OURS, 'moe_copy', 'zero_shot', 'rail'], shots=[5], data_seed=[100, 101, 102], seed=[100]),
     'sharing': {'method': ['moe'], 'selectors': TWO, 'experts.shared_blocks': [1, 2, 3, 4], 'data_seed': [100, 101, 102], 'seed': [100]},
     'ablation': dict(method=OURS, selectors=TWO, **TUNING),
-    'ablation_merge': dict(method=['moe_merge'], selectors=TWO, change=['protect', 'unfrozen_sources', 'once', 'every10', 'aligned', 'usage_weighted', 'fit', 'aligned_fit', 'three_sources', 'router_mean', 'router_zero', 'keep_moments', 'task_window', 'freeze_bug', 'settle', 'unfrozen_protect'], **TUNING),
-    'ablation_moe': dict(method=['moe'], selectors=TWO, change=['settle'], **TUNING),
-    'ablation_warm': dict(method=['moe_warm'], selectors=TWO, change=['unprotected', 'settle_unprotected', 'merging_too', 'merging_unfrozen', 'start_copy', 'start_pairs', 'start_fresh', 'start_aligned'], **TUNING),
-    'ablation_size': dict(method=OURS, selectors=TWO, change=['experts11', 'experts44', 'experts88', 'rank8', 'rank32', 'top1', 'top4', 'iterations60'], **TUNING),
+    'ablation_merge': dict(method=['moe_merge'], selectors=TWO, change=['protect', 'unfrozen_sources', 'once', 'every10', 'task_window', 'aligned', 'usage_weighted', 'fit', 'router_mean', 'router_zero', 'keep_moments', 'freeze_bug', 'unfrozen_protect'], **TUNING),
+    'ablation_warm': dict(method=['moe_warm'], selectors=TWO, change=['start_copy', 'start_pairs', 'start_fresh', 'merging_unfrozen'], **TUNING),
+    'ablation_size': dict(method=['moe', 'moe_merge'], change=['experts11', 'experts44', 'experts88', 'rank8', 'rank32', 'top1', 'top4', 'iterations60'], selectors=['[oracle]'], **{**TUNING, 'seed': [0, 1]}),
+    'ablation_copy': dict(method=['moe_copy'], change=['experts11', 'iterations60'], selectors=['[oracle]'], **{**TUNING, 'seed': [0, 1]}),
     'study': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=FRESH),
     'baselines': dict(method=['zscl', 'icarl', 'lwf', 'wise_ft', 'rail', 'rail_kernel'], seed=[100, 101, 102]),
     'shared': {'method': ['moe'], 'experts.shared_init': [True], 'selectors': TWO, 'seed': FRESH},

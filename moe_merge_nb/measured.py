@@ -46,7 +46,7 @@ def _unzip(file):
 FOLDER = Path(str(files('moe_merge_nb')))/'data'/'measured'
 FIELDS = ('commit', 'python', 'machine', 'threads', 'torch', 'open_clip_torch', 'tune', 'experts.n_experts', 'experts.rank', 'experts.top_k', 'experts.scale',
           'train.iterations', 'train.batch', 'train.lr', 'merge.every', 'merge.until', 'merge.combine', 'merge.align')
-CHOICES = ('shots', 'experts.shared_init', 'experts.shared_blocks', 'train.warmup', 'freeze.n', 'freeze.freeze_bug', 'freeze.settle', *(f'merge.{f}' for f in ('window', 'n_sources', 'frozen_sources', 'protect', 'router', 'reset_optimizer', 'start')))
+CHOICES = ('shots', 'experts.shared_init', 'experts.shared_blocks', 'train.warmup', 'freeze.n', 'freeze.freeze_bug', 'freeze.settle', *(f'merge.{f}' for f in ('window', 'n_sources', 'frozen_sources', 'protect', 'router', 'reset_optimizer', 'start', 'fit')))
 MADE = ('config_hash', 'dirty', 'seconds')
 
 def ordered(results)->list[Result]:

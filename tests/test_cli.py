@@ -36,9 +36,9 @@ def test_settings_follow_the_stream_and_the_shots_unless_given():
 def test_a_change_sets_the_fields_it_names():
     cfg = composed('method=moe_merge', 'change=protect')
     assert cfg.change == 'protect' and method_of(cfg).merge == replace(METHODS['moe_merge'].merge, protect=True)
-    assert method_of(composed('method=moe', 'change=settle')).freeze.settle == .75
+    assert method_of(composed('method=moe', 'change=freeze_bug')).freeze.freeze_bug and method_of(composed('method=moe', 'change=top1')).experts['top_k'] == 1
     for name, settings in CHANGES.items():                                          # each can be made by the method it is for
-        base = 'moe_warm' if name in ('unprotected', 'settle_unprotected', 'merging_too', 'merging_unfrozen', 'start_copy', 'start_fresh', 'start_aligned') else 'moe_merge'
+        base = 'moe_warm' if name in ('merging_unfrozen', 'start_copy', 'start_pairs', 'start_fresh') else 'moe_merge'
         method_of(composed(f'method={base}', f'change={name}'))
 
 

@@ -8,7 +8,7 @@ from moe_merge_nb.measured import CHOICES, FIELDS, FOLDER, MADE, ordered, store
 from moe_merge_nb.results import load_results, pack
 
 FULL = {'mini': ['study', 'baselines'], 'demo': ['demo']}                                        # with the experts of a few runs
-STUDY = {'main': ['main', 'bounds'], 'controls': ['controls'], 'few': ['few'], 'sharing': ['sharing'], 'ablation': ['ablation', 'ablation_merge', 'ablation_moe', 'ablation_warm', 'ablation_size'],
+STUDY = {'main': ['main', 'confirm', 'bounds'], 'controls': ['controls'], 'few': ['few'], 'sharing': ['sharing'], 'ablation': ['ablation', 'ablation_merge', 'ablation_warm', 'ablation_size', 'ablation_copy'],
          'combine': ['shared', 'combine', 'combine_aligned']}
 
 def finished(folders:list[Path])->list:
