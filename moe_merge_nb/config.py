@@ -149,7 +149,7 @@ EXPERIMENTS = {
     'main': dict(method=OURS, selectors=TWO, classes=BOTH, **CELLS),
     'confirm': dict(method=['moe', 'moe_merge', 'moe_copy'], selectors=TWO, classes=BOTH, order=[1, 2], data_seed=[103, 104, 105], seed=[102, 103]),
     'controls': dict(method=['moe_warm'], change=['start_copy', 'start_fresh'], selectors=TWO, classes=BOTH, **{**CELLS, 'order': [1], 'seed': [100]}),
-    'bounds': dict(method=['zero_shot', 'finetune', 'adapter', 'rail', 'rail_kernel'], classes=BOTH, **{**CELLS, 'seed': [100]}),
+    'bounds': dict(method=['zero_shot', 'finetune', 'rail'], classes=BOTH, **{**CELLS, 'seed': [100]}),
     'few': dict(method=[*OURS, 'moe_copy', 'zero_shot', 'rail'], shots=[5], data_seed=[100, 101, 102], seed=[100]),
     'sharing': {'method': ['moe'], 'selectors': TWO, 'experts.shared_blocks': [1, 2, 3, 4], 'data_seed': [100, 101, 102], 'seed': [100]},
     'ablation': dict(method=OURS, selectors=TWO, **TUNING),

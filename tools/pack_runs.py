@@ -4,12 +4,11 @@
     python tools/pack_runs.py FOLDER     # the same with another folder for runs/"""
 import sys
 from pathlib import Path
-from moe_merge_nb.measured import CHOICES, FIELDS, FOLDER, MADE, ordered, store
+from moe_merge_nb.measured import CHOICES, FIELDS, FOLDER, MADE, STUDY, ordered, store
 from moe_merge_nb.results import load_results, pack
 
 FULL = {'mini': ['study', 'baselines'], 'demo': ['demo']}                                        # with the experts of a few runs
-STUDY = {'main': ['main', 'confirm', 'bounds'], 'controls': ['controls'], 'few': ['few'], 'sharing': ['sharing'], 'ablation': ['ablation', 'ablation_merge', 'ablation_warm', 'ablation_size', 'ablation_copy'],
-         'combine': ['shared', 'combine', 'combine_aligned']}
+OTHERS = {'combine': ['shared', 'combine', 'combine_aligned']}
 
 def finished(folders:list[Path])->list:
     "The runs that got to their end."
@@ -18,7 +17,7 @@ def finished(folders:list[Path])->list:
 
 if __name__ == '__main__':
     root = Path(sys.argv[1] if len(sys.argv) > 1 else 'runs')
-    for name, experiments in (FULL | STUDY).items():
+    for name, experiments in (FULL | STUDY | OTHERS).items():
         there = [f for e in experiments if (f := root/e).is_dir()]
         runs = there if name in FULL else finished(there)
         if not runs: print(f'{name}: no runs'); continue
