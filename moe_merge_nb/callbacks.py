@@ -50,7 +50,7 @@ class MergeMostUsed(Callback):
     def before_task(self, learner:Learner):
         self.before, self.when = {}, set(merge_iterations(self.rule, learner.settings.iterations))
         if learner.resumed: return                                              # then the experts are as they were left
-        x = tokens_read(learner) if self.rule.fit and self.rule.start != 'keep' else {}
+        x = tokens_read(learner) if self.rule.fit and self.rule.start in ('merged', 'pairs') else {}
         for moe in learner.model.moes:
             event = start_merged(moe, self.rule, self.protected.get(key := (moe.tower, moe.block), set()), x.get(key))
             if event: learner.events.append(dict(task=learner.task.name, iteration=0, **event))
@@ -97,8 +97,10 @@ def tokens_read(
     tokens:int=2048, # of each block, at most
 )->dict[Block, Tensor]: # (tokens, width)
     "Some of what each block reads of the task that is being learned."
-    model, seen, data = learner.model, {}, learner.task.calibration
-    def probe(r:Routing): seen[r.tower, r.block] = (x := r.x.flatten(0, 1))[::-(-len(x)//tokens)]
+    model, seen, data, generator = learner.model, {}, learner.task.calibration, torch.Generator().manual_seed(0)
+    def probe(r:Routing):
+        x = r.x.flatten(0, 1)
+        seen[r.tower, r.block] = x[torch.randperm(len(x), generator=generator)[:tokens].to(x.device)]
     some = torch.stack([data[i][0] for i in range(0, len(data), -(-len(data)//images))])
     model.eval()
     model.encode_image(some.to(model.logit_scale.device), learner.index, probe)

@@ -8,6 +8,7 @@ __all__ = ['Combine', 'START', 'RULES', 'COMBINE', 'mean', 'usage_weighted', 'ch
 
 # %% ../nbs/42_merge.ipynb #f80e630f
 import pkgutil
+from itertools import combinations
 from collections.abc import Callable
 from dataclasses import dataclass
 import torch
@@ -105,7 +106,7 @@ class Merge:
     window:str='since_last' # usage that counts: 'since_last' merge, or of the whole 'task' so far
     n_sources:int=2 # how many of the most used experts are merged
     frozen_sources:bool=True # frozen experts may be sources (they are only read)
-    protect:bool=False # never overwrite an expert that a finished task selects in evaluation
+    protect:bool=False # never overwrite an expert that a finished task selects in evaluation, for its training images or prompts
     combine:str|Combine='mean' # a name in `COMBINE`, a function, or 'package.module.function'
     align:bool=False # match neurons before combining; rules then get no base
     fit:bool=False # then solve for output weights that answer like the mean of the sources on some of the task's tokens
@@ -210,10 +211,10 @@ def start_merged(
     n = len(states)
     if rule.start == 'merged': states = [merged_state(moe, rule, states, torch.ones(n), x)]
     if rule.start == 'pairs' and n > 1:
-        pairs = [(i, (i + k) % n) for k in range(1, n) for i in range(n)][:len(targets)]
-        states = [merged_state(moe, rule, [states[i], states[j]], torch.ones(2), x) for i, j in pairs]
+        pairs = list(combinations(states, 2))[:len(targets)]
+        states = [merged_state(moe, rule, list(p), torch.ones(2), x) for p in pairs]
     if rule.start == 'fresh':
         new = make_experts(len(targets), moe.width, len(states[0]['down.bias']), shared_init=moe.base is not None)
-        states = [{n: t.to(moe.frozen.device) for n, t in read(e).items()} for e in new]
+        states = [{n: t.to(moe.frozen.device) for n, t in read(moe.base or e).items()} for e in new]     # theta_0, if all share it
     for i, e in enumerate(targets): write(moe.experts[e], states[i % len(states)])
     return dict(kind='start', tower=moe.tower, block=moe.block, sources=sources, targets=targets)

@@ -148,7 +148,7 @@ def test_pairs_of_frozen_experts_are_averaged_other_two_for_every_open_expert():
     for p in moe.parameters(): torch.nn.init.normal_(p)
     moe.freeze([1, 3, 4]); start_merged(moe, Merge(every=0, start='pairs'))
     up = lambda e: moe.experts[e].up.weight
-    for e, (i, j) in {0: (1, 3), 2: (3, 4), 5: (4, 1)}.items(): torch.testing.assert_close(up(e), (up(i) + up(j))/2)
+    for e, (i, j) in {0: (1, 3), 2: (1, 4), 5: (3, 4)}.items(): torch.testing.assert_close(up(e), (up(i) + up(j))/2)
 
 
 def test_the_controls_copy_frozen_experts_or_begin_anew():
@@ -160,6 +160,8 @@ def test_the_controls_copy_frozen_experts_or_begin_anew():
         ups = [moe.experts[e].up.weight for e in (0, 2, 3, 5)]
         if start == 'copy': assert [torch.equal(u, moe.experts[f].up.weight) for u, f in zip(ups, (1, 4, 1, 4))] == [True]*4
         else: assert not any(u.any() for u in ups) and not torch.equal(moe.experts[0].down.weight, moe.experts[2].down.weight)
+    moe = MoE('image', 0, 8, 6, 3, shared_init=True); moe.add_task(); moe.freeze([1]); start_merged(moe, Merge(every=0, start='fresh'))
+    assert torch.equal(moe.experts[2].down.weight, moe.base.down.weight)                      # the common start stays theirs
 
 
 def test_task_arithmetic_is_one_function():
