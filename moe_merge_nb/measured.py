@@ -39,6 +39,7 @@ def _zip(result, file):
     return file
 
 def _unzip(file):
+    "The result in a file that `_zip` wrote"
     with tempfile.TemporaryDirectory() as d:
         ZipFile(file).extractall(d)
         return load_result(d, adapters=True)
@@ -50,14 +51,15 @@ FIELDS = ('commit', 'python', 'machine', 'threads', 'torch', 'open_clip_torch', 
 CHOICES = ('shots', 'experts.shared_init', 'experts.shared_blocks', 'train.warmup', 'freeze.n', 'freeze.freeze_bug', 'freeze.settle', *(f'merge.{f}' for f in ('window', 'n_sources', 'frozen_sources', 'protect', 'router', 'reset_optimizer', 'start', 'fit')))
 MADE = ('config_hash', 'dirty', 'seconds')
 STUDY = {'main': ['main', 'confirm', 'bounds'], 'controls': ['controls'], 'few': ['few'], 'sharing': ['sharing'],          # file -> experiments whose runs are in it
-         'ablation': ['ablation', 'ablation_merge', 'ablation_warm', 'ablation_size', 'ablation_copy']}
+         'ablation': ['ablation', 'ablation_merge', 'ablation_moe', 'ablation_warm', 'ablation_size', 'ablation_copy']}
 
 def ordered(results)->list[Result]:
     "Runs in the order of `config.METHODS`, other methods last, then by seed"
     rank = {m: i for i, m in enumerate(METHODS)}
     return sorted(results, key=lambda r: (rank.get(r.config['method'], len(rank)), r.config['seed'], r.config.get('data_seed') or 0))
 
-def _key(result): return tuple(field_of(result, k) for k in ('method', *PAIR))
+def _key(result): # what tells stored runs apart
+    return tuple(field_of(result, k) for k in ('method', *PAIR))
 
 def store(runs, # what `load_results` takes
           name='mini', folder=None # None: the package's own
@@ -71,6 +73,7 @@ def store(runs, # what `load_results` takes
     return [pack(results, folder/f'{name}.csv.gz', FIELDS), *zips]
 
 def _load_with_adapters(runs):
+    "Run directories with their adapters; anything else as `load_results` takes it"
     runs = [runs] if isinstance(runs, (str, Path, Result)) else runs
     dirs = lambda p: sorted(c.parent for c in Path(p).rglob('config.json')) if not isinstance(p, Result) and Path(p).is_dir() else []
     return [r for p in runs for r in ([load_result(d, adapters=True) for d in dirs(p)] or load_results([p]))]
