@@ -43,3 +43,25 @@ def test_only_the_experts_frozen_last_keep_their_weights():
 
 def test_without_stored_runs_the_numbers_are_called_invented():
     with TemporaryDirectory() as d: assert about(measured('mini', d)).startswith('INVENTED')
+
+
+def test_the_stored_runs_are_those_that_make_study_makes():
+    from itertools import product
+    from moe_merge_nb.config import CHANGES, EXPERIMENTS, METHODS
+    from moe_merge_nb.study import change_of, defaults_of
+    from moe_merge_nb.results import field_of
+    def asked(experiment):
+        grid = EXPERIMENTS[experiment]
+        for values in product(*grid.values()):
+            job = dict(zip(grid, values))
+            data = job['seed'] if job.get('data_seed') == '${seed}' else job.get('data_seed', 0)
+            yield job['method'], job.get('change'), job['seed'], data, job.get('order', 1), job.get('shots'), job.get('experts.shared_blocks', 0)
+    changes, defaults = {**CHANGES, **{f'{n} blocks': {'experts.shared_blocks': n} for n in (1, 2, 3, 4)}}, defaults_of(METHODS)
+    def stored(run):
+        change, c = change_of(run, changes, defaults), run.config
+        change, blocks = (None, int(change[0])) if change and change.endswith(' blocks') else (change, 0)
+        return c['method'], change, c['seed'], c['data_seed'], c['order'], int(field_of(run, 'shots') or 0) or None, blocks
+    for name, experiments in STUDY.items():
+        rows, jobs = sorted(map(stored, measured(name)), key=str), sorted((j for e in experiments for j in asked(e)), key=str)
+        assert rows == jobs, (name, [j for j in jobs if j not in rows], [r for r in rows if r not in jobs])
+    for run in measured('main') + measured('controls'): assert any(s.endswith(' all') for s in run.matrix.selector.unique())
