@@ -4,7 +4,7 @@
 import pandas as pd, pytest, torch
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from moe_merge_nb.measured import about, frozen_last, invented, measured, ordered, store
+from moe_merge_nb.measured import STUDY, about, frozen_last, invented, measured, ordered, store
 from moe_merge_nb.results import accuracy_matrix, example_result
 
 
