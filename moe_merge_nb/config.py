@@ -156,7 +156,7 @@ EXPERIMENTS = {
     'ablation_merge': dict(method=['moe_merge'], selectors=TWO, change=['protect', 'unfrozen_sources', 'once', 'every10', 'task_window', 'aligned', 'usage_weighted', 'fit', 'router_mean', 'router_zero', 'keep_moments', 'freeze_bug', 'unfrozen_protect'], **TUNING),
     'ablation_moe': dict(method=['moe'], change=['freeze_bug'], selectors=TWO, **TUNING),
     'ablation_warm': dict(method=['moe_warm'], selectors=TWO, change=['start_copy', 'start_pairs', 'start_fresh', 'merging_unfrozen'], **TUNING),
-    'ablation_size': dict(method=['moe', 'moe_merge'], change=['experts11', 'experts44', 'experts88', 'top1', 'iterations60'], selectors=['[oracle]'], **{**TUNING, 'seed': [0, 1]}),
+    'ablation_size': dict(method=['moe', 'moe_merge'], change=['experts11', 'experts44', 'experts88', 'rank8', 'rank32', 'top1', 'top4', 'iterations60'], selectors=['[oracle]'], **{**TUNING, 'seed': [0, 1]}),
     'ablation_copy': dict(method=['moe_copy'], change=['experts11', 'iterations60'], selectors=['[oracle]'], **{**TUNING, 'seed': [0, 1]}),
     'study': dict(method=['moe', 'moe_merge', 'finetune', 'adapter', 'zero_shot'], seed=FRESH),
     'baselines': dict(method=['zscl', 'icarl', 'lwf', 'wise_ft', 'rail', 'rail_kernel'], seed=[100, 101, 102]),
