@@ -36,7 +36,7 @@ lab: install
 	$(BIN)/jupyter lab nbs
 
 study: install
-	for e in `$(BIN)/python -c 'from moe_merge_nb.measured import STUDY; print(*sum(STUDY.values(), []))'`; do $(BIN)/moe-merge -m experiment=$$e || exit 1; done
+	for e in `$(BIN)/python -c 'from moe_merge_nb.study.measured import STUDY; print(*sum(STUDY.values(), []))'`; do $(BIN)/moe-merge -m experiment=$$e || exit 1; done
 	$(BIN)/python tools/pack_runs.py
 	$(BIN)/python tools/principle_runs.py
 

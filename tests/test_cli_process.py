@@ -3,13 +3,13 @@ commands are children of one process that has everything imported and has done n
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-from moe_merge_nb.checkpoint import read_tree
+from moe_merge_nb.safe.checkpoint import read_tree
 
 TINY = ['stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=3', 'train.warmup=1', 'train.batch=8', 'experts.n_experts=4', 'experts.rank=2']
 
 SERVER = '''
 import json, os, sys
-from moe_merge_nb import cli
+from moe_merge_nb.run import cli
 for line in sys.stdin:
     what, value, cwd = json.loads(line)
     if what == 'wait': print(os.waitstatus_to_exitcode(os.waitpid(value, 0)[1]), flush=True)

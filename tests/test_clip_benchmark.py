@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 import pytest
-from moe_merge_nb.datasets import names_of, templates_of
+from moe_merge_nb.streams.datasets import names_of, templates_of
 
 def test_names_and_prompts_agree_with_clip_benchmark():
     found = pytest.importorskip('clip_benchmark.datasets') # a development check: `pip install --no-deps clip-benchmark`

@@ -10,10 +10,10 @@ import copy
 from functools import partial
 import pytest, torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from moe_merge_nb import encode
-from moe_merge_nb.adapt import AdaptedCLIP, n_adapter_parameters
-from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.moe import mixture
+from moe_merge_nb.clip import encode
+from moe_merge_nb.layer.adapt import AdaptedCLIP, n_adapter_parameters
+from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.layer.moe import mixture
 
 E, R, K, S, P = 22, 64, 2, 0.1, 0.1          # experts, rank, top-k, scale, dropout
 TOWERS = ['image', 'text']

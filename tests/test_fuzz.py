@@ -20,16 +20,16 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from moe_merge_nb import cli, released, share
-from moe_merge_nb.adapt import AdaptedCLIP, check_sizes
-from moe_merge_nb.backbone import read_weights, write_weights
-from moe_merge_nb.checkpoint import FORMAT, checksum, read_tree, write_tree
-from moe_merge_nb.folder import folder
-from moe_merge_nb.images import open_image, saved_few_shot
-from moe_merge_nb.merge import Merge
-from moe_merge_nb.results import SUMS, TABLES, example_result, load_result, load_results, pack, save_result, summary, unpack
-from moe_merge_nb.train import Train
-from moe_merge_nb.zscl import from_folder
+from moe_merge_nb.run import cli, released, share
+from moe_merge_nb.layer.adapt import AdaptedCLIP, check_sizes
+from moe_merge_nb.clip.backbone import read_weights, write_weights
+from moe_merge_nb.safe.checkpoint import FORMAT, checksum, read_tree, write_tree
+from moe_merge_nb.streams.folder import folder
+from moe_merge_nb.streams.images import open_image, saved_few_shot
+from moe_merge_nb.merge.rule import Merge
+from moe_merge_nb.learn.results import SUMS, TABLES, example_result, load_result, load_results, pack, save_result, summary, unpack
+from moe_merge_nb.learn.train import Train
+from moe_merge_nb.baselines.zscl import from_folder
 
 DEEP = '[' * 100_000
 

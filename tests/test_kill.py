@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again ends with the same bytes. `tools/kill_test.py 100` does it a hundred times; 91_reliability shows where it hit."""
+"""A run that is killed at any moment and started again ends with the same bytes. `tools/kill_test.py 100` does it a hundred times; 07_reliability shows where it hit."""
 import csv, os, subprocess, sys
 from pathlib import Path
 

@@ -7,7 +7,7 @@ import moe_merge_nb
 ALLOWED = {'released.py': {'torch.load'}, 'pretrain.py': {'torch.load', 'torch.save'}, 'miniature.py': {'pickle'}}
 
 def test_no_module_of_a_run_knows_pickle():
-    for path in Path(moe_merge_nb.__file__).parent.glob('*.py'):
+    for path in Path(moe_merge_nb.__file__).parent.rglob('*.py'):
         code = '\n'.join(line.split('#')[0] for line in path.read_text().splitlines())
         found = set(re.findall(r'torch\.load|torch\.save|\bc?pickle\b(?=[.]|$)|joblib\.load|allow_pickle=True|\beval\(|\bexec\(', code)) - {'eval('}
         assert found <= ALLOWED.get(path.name, set()), (path.name, found)

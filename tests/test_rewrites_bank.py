@@ -2,9 +2,9 @@
 
 
 import pytest, torch
-from moe_merge_nb.adapt import AdaptedCLIP
-from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.experts import read
+from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.layer.experts import read
 from moe_merge_nb.rewrites.bank import *
 
 
@@ -45,7 +45,7 @@ def test_closed_routers_stay_closed_and_keep_one_expert():
 
 
 def test_dropping_an_expert_that_nobody_selects_changes_nothing():
-    from moe_merge_nb.moe import MoE, mixture
+    from moe_merge_nb.layer.moe import MoE, mixture
     torch.manual_seed(0)
     moe = MoE('image', 0, 8, 5, 3).eval(); moe.add_task()
     for p in moe.parameters(): torch.nn.init.normal_(p)

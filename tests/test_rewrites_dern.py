@@ -5,9 +5,9 @@ import pytest, torch
 from dataclasses import replace
 from functools import partial
 from torch.nn import functional as F
-from moe_merge_nb.experts import Expert, read, write
-from moe_merge_nb.merge import Merge, balance, mean, merge_once, neurons
-from moe_merge_nb.moe import MoE, mixture
+from moe_merge_nb.layer.experts import Expert, read, write
+from moe_merge_nb.merge.rule import Merge, balance, mean, merge_once, neurons
+from moe_merge_nb.layer.moe import MoE, mixture
 from moe_merge_nb.rewrites.bank import bank, layer
 from moe_merge_nb.rewrites.group import average, drop_least_used, merge_groups
 from moe_merge_nb.rewrites.statistics import Statistics, outputs

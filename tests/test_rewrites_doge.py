@@ -5,16 +5,16 @@ import math, time
 import pandas as pd
 from functools import partial
 import pytest, torch
-from moe_merge_nb.adapt import AdaptedCLIP
-from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.experts import Expert, read
-from moe_merge_nb.merge import Merge, mean, merge_once
-from moe_merge_nb.moe import MoE
+from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.layer.experts import Expert, read
+from moe_merge_nb.merge.rule import Merge, mean, merge_once
+from moe_merge_nb.layer.moe import MoE
 from moe_merge_nb.rewrites.doge import *
 from moe_merge_nb.rewrites.group import reduce_by, rewrite
 from moe_merge_nb.rewrites.statistics import calibrate
 from moe_merge_nb.rewrites.task_vectors import task_vectors
-from moe_merge_nb.tasks import toy_stream
+from moe_merge_nb.streams.tasks import toy_stream
 
 
 def test_the_gradient_is_that_of_the_loss():
@@ -111,7 +111,7 @@ def test_equal_to_a_plain_statement_with_autograd():
 def test_equal_to_fusion_bench():
     #| eval: false
     theirs = pytest.importorskip('fusion_bench.method.doge_ta.doge_ta') # a development check: `pip install --no-deps fusion-bench lightning lightning-utilities pytorch-lightning torchmetrics bidict rich`
-    from moe_merge_nb.experts import write
+    from moe_merge_nb.layer.experts import write
     torch.manual_seed(0)
     for rank, n in ((16, 2), (16, 5), (7, 3)):
         base = read(Expert(32, rank))

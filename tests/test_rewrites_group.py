@@ -3,13 +3,13 @@
 
 from functools import partial
 import pytest, torch
-from moe_merge_nb.adapt import AdaptedCLIP
-from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.merge import mean
+from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.merge.rule import mean
 from moe_merge_nb.rewrites.bank import Bank, bank, banks, layer, n_expert_parameters
 from moe_merge_nb.rewrites.group import *
 from moe_merge_nb.rewrites.statistics import Statistics, calibrate
-from moe_merge_nb.tasks import toy_stream
+from moe_merge_nb.streams.tasks import toy_stream
 
 
 def test_the_budget_is_kept_over_all_blocks_and_no_block_is_left_empty():
@@ -28,7 +28,7 @@ def test_every_expert_is_in_one_group_that_its_leader_leads():
 
 
 def test_a_shuffled_and_rescaled_copy_merges_without_loss_only_if_it_is_aligned():
-    from moe_merge_nb.moe import MoE, mixture
+    from moe_merge_nb.layer.moe import MoE, mixture
     torch.manual_seed(0)
     moe = MoE('image', 0, 8, 3, 5).eval(); moe.add_task()
     for p in moe.parameters(): torch.nn.init.normal_(p)

@@ -2,16 +2,16 @@
 
 
 from itertools import combinations
-from moe_merge_nb.adapt import AdaptedCLIP
-from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.experts import Expert, read
-from moe_merge_nb.merge import balance
-from moe_merge_nb.moe import MoE, mixture
+from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.layer.experts import Expert, read
+from moe_merge_nb.merge.rule import balance
+from moe_merge_nb.layer.moe import MoE, mixture
 from moe_merge_nb.rewrites.bank import bank, banks, layer, n_expert_parameters
 from moe_merge_nb.rewrites.group import average, rewrite
 from moe_merge_nb.rewrites.msmoe import *
 from moe_merge_nb.rewrites.statistics import Statistics, calibrate, outputs
-from moe_merge_nb.tasks import toy_stream
+from moe_merge_nb.streams.tasks import toy_stream
 import pytest, torch
 
 

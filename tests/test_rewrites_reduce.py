@@ -2,9 +2,9 @@
 
 
 import pytest, torch
-from moe_merge_nb.adapt import AdaptedCLIP
-from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.tasks import prompts, toy_stream
+from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.streams.tasks import prompts, toy_stream
 from moe_merge_nb.rewrites.bank import banks, with_banks
 from moe_merge_nb.rewrites.group import average, drop_least_used, rewrite
 from moe_merge_nb.rewrites.reduce import *
@@ -13,9 +13,9 @@ from moe_merge_nb.rewrites.statistics import calibrate
 
 def test_last_is_the_last_row_of_the_matrix():
     from dataclasses import replace
-    from moe_merge_nb.tasks import Stream
-    from moe_merge_nb.evaluate import evaluate
-    from moe_merge_nb.select import Oracle
+    from moe_merge_nb.streams.tasks import Stream
+    from moe_merge_nb.learn.evaluate import evaluate
+    from moe_merge_nb.select.select import Oracle
     torch.manual_seed(0)
     clip_, tok = load_clip()
     toys, net = toy_stream(n_tasks=2), AdaptedCLIP(clip_, n_experts=3, rank=4).eval()

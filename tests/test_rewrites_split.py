@@ -5,16 +5,16 @@ from dataclasses import replace
 from functools import partial
 from math import comb
 import pytest, torch
-from moe_merge_nb.adapt import AdaptedCLIP
-from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.experts import Expert, read
-from moe_merge_nb.moe import MoE, mixture, placed
+from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.layer.experts import Expert, read
+from moe_merge_nb.layer.moe import MoE, mixture, placed
 from moe_merge_nb.rewrites.bank import bank, banks, close, layer, n_expert_parameters, with_banks
 from moe_merge_nb.rewrites.group import average, rewrite
 from moe_merge_nb.rewrites.split import *
 from moe_merge_nb.rewrites.statistics import calibrate, outputs
-from moe_merge_nb.router import top_k_gates, top_p_gates
-from moe_merge_nb.tasks import toy_stream
+from moe_merge_nb.layer.router import top_k_gates, top_p_gates
+from moe_merge_nb.streams.tasks import toy_stream
 
 
 def test_the_sum_of_the_parts_is_the_expert():

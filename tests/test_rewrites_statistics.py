@@ -2,9 +2,9 @@
 
 
 import pytest, torch
-from moe_merge_nb.adapt import AdaptedCLIP
-from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.tasks import toy_stream
+from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.streams.tasks import toy_stream
 from moe_merge_nb.rewrites.bank import bank, banks
 from moe_merge_nb.rewrites.statistics import *
 
@@ -30,7 +30,7 @@ def test_the_stream_must_be_the_one_that_was_learned():
 
 
 def test_outputs_are_those_of_the_experts():
-    from moe_merge_nb.experts import make_experts, read
+    from moe_merge_nb.layer.experts import make_experts, read
     torch.manual_seed(0)
     experts, t = make_experts(3, 8, 4).eval(), torch.randn(10, 8)
     for p in experts.parameters(): torch.nn.init.normal_(p)

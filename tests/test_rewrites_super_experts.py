@@ -3,9 +3,9 @@
 
 import pytest, torch
 from torch.nn import functional as F
-from moe_merge_nb.adapt import AdaptedCLIP
-from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.tasks import prompts, toy_stream
+from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.streams.tasks import prompts, toy_stream
 from moe_merge_nb.rewrites.bank import banks, with_banks
 from moe_merge_nb.rewrites.group import rewrite
 from moe_merge_nb.rewrites.statistics import calibrate

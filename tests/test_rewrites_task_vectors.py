@@ -3,16 +3,16 @@
 
 from functools import partial
 import pytest, torch
-from moe_merge_nb.adapt import AdaptedCLIP
-from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.experts import Expert, make_experts, read, write
-from moe_merge_nb.merge import Merge, mean, merge_once
-from moe_merge_nb.moe import MoE
+from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.layer.experts import Expert, make_experts, read, write
+from moe_merge_nb.merge.rule import Merge, mean, merge_once
+from moe_merge_nb.layer.moe import MoE
 from moe_merge_nb.rewrites.bank import bank
 from moe_merge_nb.rewrites.group import average, merge_groups, reduce_by, rewrite
 from moe_merge_nb.rewrites.statistics import calibrate
 from moe_merge_nb.rewrites.task_vectors import *
-from moe_merge_nb.tasks import toy_stream
+from moe_merge_nb.streams.tasks import toy_stream
 
 
 def test_the_base_and_a_task_vector_give_the_expert_back():

@@ -5,22 +5,22 @@ from dataclasses import replace
 import numpy as np
 import pytest, torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from moe_merge_nb import loop
-from moe_merge_nb.adapt import AdaptedCLIP
-from moe_merge_nb.backbone import pico_tokenizer
-from moe_merge_nb.cache import Cache
-from moe_merge_nb.callbacks import FreezeMostUsed, MergeMostUsed
-from moe_merge_nb.config import METHODS, method
-from moe_merge_nb.evaluate import mtil_metrics
-from moe_merge_nb.experts import make_experts, read
-from moe_merge_nb.loop import Method, check, run
-from moe_merge_nb.merge import Merge, merge_once
-from moe_merge_nb.mix import mix_gathered, mix_loop, mix_segments, mix_stacked
-from moe_merge_nb.moe import MoE
-from moe_merge_nb.results import accuracy_matrix, load_result, save_result
-from moe_merge_nb.router import top_k_gates
-from moe_merge_nb.tasks import Images, Stream, Task, prompts
-from moe_merge_nb.train import Train, train_task
+from moe_merge_nb.learn import loop
+from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.clip.backbone import pico_tokenizer
+from moe_merge_nb.learn.cache import Cache
+from moe_merge_nb.learn.callbacks import FreezeMostUsed, MergeMostUsed
+from moe_merge_nb.run.config import METHODS, method
+from moe_merge_nb.learn.evaluate import mtil_metrics
+from moe_merge_nb.layer.experts import make_experts, read
+from moe_merge_nb.learn.loop import Method, check, run
+from moe_merge_nb.merge.rule import Merge, merge_once
+from moe_merge_nb.layer.mix import mix_gathered, mix_loop, mix_segments, mix_stacked
+from moe_merge_nb.layer.moe import MoE
+from moe_merge_nb.learn.results import accuracy_matrix, load_result, save_result
+from moe_merge_nb.layer.router import top_k_gates
+from moe_merge_nb.streams.tasks import Images, Stream, Task, prompts
+from moe_merge_nb.learn.train import Train, train_task
 
 TOKENIZER = pico_tokenizer()
 

@@ -40,12 +40,12 @@ def three(**how):
 '''
 
 
-def found(name: str):
-    "The module of the package whose last name is `name`, in whatever folder it lies."
+def found(*names: str):
+    "The module of the package whose last name is one of `names`, in whatever folder it lies."
     import importlib
     import moe_merge_nb
     here = Path(moe_merge_nb.__file__).parent
-    [path] = [p for p in here.rglob(f'{name}.py')]
+    [path] = [p for name in names for p in here.rglob(f'{name}.py')]
     return importlib.import_module('.'.join(['moe_merge_nb', *path.relative_to(here).with_suffix('').parts]))
 
 
@@ -87,7 +87,7 @@ def rewritten(rule: str, source: str) -> dict:
     import torch
     from dataclasses import fields
     from three_tasks import three
-    command, bank, reduce = found('command'), found('bank'), found('reduce')
+    command, bank, reduce = found('command', 'rewrite'), found('bank'), found('reduce')
     shared, stream = found('share').load(source), three()
     numbers = dict(parts=2) if rule in found_splits() else dict(budget=11)
     small = command.changed(shared.model, shared.tokenizer, stream, rule, **numbers)
@@ -103,11 +103,11 @@ def rewritten(rule: str, source: str) -> dict:
 def rules() -> dict[str, str]:
     "Every rewrite, and the run it is applied to."
     together = ('task_arithmetic', 'ties', 'dare_ties', 'doge', 'doge_relative')
-    return {r: 'shared_init' if r in together else 'moe-0' for r in [*found('command').REWRITES, *found_splits()]}
+    return {r: 'shared_init' if r in together else 'moe-0' for r in [*found('command', 'rewrite').REWRITES, *found_splits()]}
 
 
 def found_splits() -> dict:
-    return found('command').SPLITS
+    return found('command', 'rewrite').SPLITS
 
 
 def child(module: str, out: Path, only: str):

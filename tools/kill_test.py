@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from moe_merge_nb import loop, state
-from moe_merge_nb.backbone import pico_tokenizer
-from moe_merge_nb.callbacks import FreezeMostUsed
-from moe_merge_nb.icarl import ICaRL
-from moe_merge_nb.lwf import LwF
-from moe_merge_nb.merge import Merge
-from moe_merge_nb.method import Method
-from moe_merge_nb.tasks import Images, Stream, Task
-from moe_merge_nb.train import Train
-from moe_merge_nb.zscl import ZSCL
+from moe_merge_nb.learn import loop, state
+from moe_merge_nb.clip.backbone import pico_tokenizer
+from moe_merge_nb.learn.callbacks import FreezeMostUsed
+from moe_merge_nb.baselines.icarl import ICaRL
+from moe_merge_nb.baselines.lwf import LwF
+from moe_merge_nb.merge.rule import Merge
+from moe_merge_nb.learn.method import Method
+from moe_merge_nb.streams.tasks import Images, Stream, Task
+from moe_merge_nb.learn.train import Train
+from moe_merge_nb.baselines.zscl import ZSCL
 
 PHASES = ['beginning', 'training', 'saving', 'evaluation', 'the end']
 AIMS = ['training', 'saving', 'evaluation', 'any'] # of the kills, in turns

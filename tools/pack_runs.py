@@ -4,8 +4,8 @@
     python tools/pack_runs.py FOLDER     # the same with another folder for runs/"""
 import sys
 from pathlib import Path
-from moe_merge_nb.measured import CHOICES, FIELDS, FOLDER, MADE, STUDY, ordered, store
-from moe_merge_nb.results import load_results, pack
+from moe_merge_nb.study.measured import CHOICES, FIELDS, FOLDER, MADE, STUDY, ordered, store
+from moe_merge_nb.learn.results import load_results, pack
 
 FULL = {'mini': ['study', 'baselines'], 'demo': ['demo']}                                        # with the experts of a few runs
 OTHERS = {'combine': ['shared', 'combine', 'combine_aligned']}

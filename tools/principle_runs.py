@@ -8,14 +8,14 @@ import argparse, gzip, io
 from pathlib import Path
 import pandas as pd
 import torch
-from moe_merge_nb.backbone import load_clip
-from moe_merge_nb.config import FRESH, method
-from moe_merge_nb.files import replacing
-from moe_merge_nb.merge import Merge
-from moe_merge_nb.mini import mini
-from moe_merge_nb.principle import watched
-from moe_merge_nb.provenance import provenance
-from moe_merge_nb.tasks import first
+from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.run.config import FRESH, method
+from moe_merge_nb.safe.files import replacing
+from moe_merge_nb.merge.rule import Merge
+from moe_merge_nb.streams.mini import mini
+from moe_merge_nb.study.principle import watched
+from moe_merge_nb.safe.provenance import provenance
+from moe_merge_nb.streams.tasks import first
 
 OUT = Path(__file__).parents[1]/'moe_merge_nb'/'data'/'measured'/'principle.csv.gz'
 COLUMNS = ['seed', 'method', 'task', 'iteration', 'tower', 'block', 'measure', 'who', 'expert', 'value', 'commit', 'torch']

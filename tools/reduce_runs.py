@@ -5,12 +5,12 @@
 import argparse
 from pathlib import Path
 import torch
-from moe_merge_nb.config import REWRITES
-from moe_merge_nb.provenance import provenance
-from moe_merge_nb.reproduce import stream_of
-from moe_merge_nb.results import load_result
+from moe_merge_nb.run.config import REWRITES
+from moe_merge_nb.safe.provenance import provenance
+from moe_merge_nb.run.reproduce import stream_of
+from moe_merge_nb.learn.results import load_result
 from moe_merge_nb.rewrites.reduce import reductions
-from moe_merge_nb.share import load
+from moe_merge_nb.run.share import load
 
 SHARED_ONLY = ('task_arithmetic', 'ties', 'dare_ties', 'doge', 'doge_relative')
 OUT = Path(__file__).parents[1]/'moe_merge_nb'/'data'/'measured'/'reductions.csv'

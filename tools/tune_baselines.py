@@ -6,16 +6,16 @@ import csv, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from moe_merge_nb.config import TRAIN, method
-from moe_merge_nb.evaluate import mtil_metrics
-from moe_merge_nb.icarl import ICaRL
-from moe_merge_nb.loop import run
-from moe_merge_nb.lwf import LwF
-from moe_merge_nb.mini import mini
-from moe_merge_nb.results import accuracy_matrix
-from moe_merge_nb.tasks import first
-from moe_merge_nb.wise_ft import WiSEFT
-from moe_merge_nb.zscl import ZSCL
+from moe_merge_nb.run.config import TRAIN, method
+from moe_merge_nb.learn.evaluate import mtil_metrics
+from moe_merge_nb.baselines.icarl import ICaRL
+from moe_merge_nb.learn.loop import run
+from moe_merge_nb.baselines.lwf import LwF
+from moe_merge_nb.streams.mini import mini
+from moe_merge_nb.learn.results import accuracy_matrix
+from moe_merge_nb.streams.tasks import first
+from moe_merge_nb.baselines.wise_ft import WiSEFT
+from moe_merge_nb.baselines.zscl import ZSCL
 
 TRIED = [('finetune', lr, None) for lr in (5e-4, 2e-4)] \
       + [('lwf', lr, LwF(w)) for lr, w in ((5e-4, .3), (5e-4, 1.), (5e-4, 3.), (2e-4, 1.), (2e-4, 3.))] \
