@@ -59,7 +59,7 @@ def test_ctrl_c_and_sigterm_end_a_run_with_130_and_143_and_the_same_command_goes
         if not (run/'checkpoint.safetensors').is_file(): return 0, 0
         try: tree = read_tree(run/'checkpoint.safetensors')
         except (OSError, RuntimeError): return 0, 0                         # it is being replaced at this moment
-        return tree['done'], tree['midway']['task']['iteration'] if 'task' in (tree['midway'] or {}) else 40 * bool(tree['midway'])
+        return tree['done'], tree['snapshot']['task']['iteration'] if 'task' in (tree['snapshot'] or {}) else 40 * bool(tree['snapshot'])
     before = 0, 0
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         pid, until = start(args, tmp_path), time.time() + 300

@@ -49,10 +49,10 @@ def test_quick_gelu_is_a_silu():
 def test_some_tokens_of_a_block_are_those_of_all():
     b, x = towers(pico().double())['image'][0], torch.randn(3, 17, 128, dtype=torch.float64)
     add = lambda x: x.sin()
-    want = block(b, x, beside=add)
-    torch.testing.assert_close(block(b, x, rows=2, beside=add), want[:, :2])
+    want = block(b, x, adapters=add)
+    torch.testing.assert_close(block(b, x, rows=2, adapters=add), want[:, :2])
     rows = torch.tensor([[0, 5], [1, 2], [16, 0]])
-    torch.testing.assert_close(block(b, x, rows=rows, beside=add), torch.stack([w[r] for w, r in zip(want, rows)]))
+    torch.testing.assert_close(block(b, x, rows=rows, adapters=add), torch.stack([w[r] for w, r in zip(want, rows)]))
 
 
 def test_single_precision_differs_from_open_clip_in_its_last_digits_only():

@@ -55,8 +55,8 @@ def test_a_tree_is_routed_as_its_prompts_are():
     tokens = tokenizer(['a photo of a cat.', 'a photo of a large dog.', 'two cups', 'two cups of tea'])
     torch.manual_seed(0)
     W = [torch.randn(x.ln_2.normalized_shape[0]) for x in clip.transformer.resblocks]
-    beside = [lambda x, w=w: .3 * x * (x[:, :1] @ w).sigmoid()[..., None] for w in W]
+    adapters = [lambda x, w=w: .3 * x * (x[:, :1] @ w).sigmoid()[..., None] for w in W]
     with torch.no_grad():
-        mixed = F.normalize(encode_text(clip, tokens, beside), dim=-1)
-        assert (F.normalize(encode_prompts(clip, tokens, beside), dim=-1) - mixed).abs().max() < 1e-6
+        mixed = F.normalize(encode_text(clip, tokens, adapters), dim=-1)
+        assert (F.normalize(encode_prompts(clip, tokens, adapters), dim=-1) - mixed).abs().max() < 1e-6
         assert (mixed - F.normalize(encode_text(clip, tokens), dim=-1)).abs().max() > 1e-2

@@ -119,7 +119,7 @@ def test_block_and_gradients_equal_the_formulas(models, tower, training):
         gradients = torch.autograd.grad((wanted * loss).sum(), [x_formula, *a.values()], allow_unused=True)
         model.train(training)
         torch.manual_seed(5)
-        y = encode.block(here, x_ours, None if mask is None else mask.to(dtype), beside=partial(mixture, moe, task=TASK))
+        y = encode.block(here, x_ours, None if mask is None else mask.to(dtype), adapters=partial(mixture, moe, task=TASK))
         ours = torch.autograd.grad((y * loss.to(dtype)).sum(), [x_ours, *moe.parameters()], allow_unused=True)
         model.eval()
         used = {e for best in chosen for e in best}

@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped():
         with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', lambda: os.kill(os.getpid(), number)):
             with pytest.raises(Stopped, match='stopped in task 2 of 3; the same command goes on from') as e: run(toy_stream(3), method, 0, backbone, directory=f'{d}/run', progress=False)
             assert e.value.number == number and signal.getsignal(number) is not None
-            assert read_tree(f'{d}/run/checkpoint.safetensors')['midway']['task']['iteration'] == 7              # after the iteration in hand
+            assert read_tree(f'{d}/run/checkpoint.safetensors')['snapshot']['task']['iteration'] == 7              # after the iteration in hand
             resumed = run(toy_stream(3), method, 0, backbone, directory=f'{d}/run', progress=False)
             assert not list(Path(d, 'run').glob('checkpoint*')) and load_result(f'{d}/run').timings == resumed.timings
         same(resumed, straight)
@@ -106,7 +106,7 @@ def test_every_method_goes_on_in_the_middle_of_a_task():
         with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
             with pytest.raises(MemoryError): run(toy_stream(2), short, 0, backbone, directory=f'{d}/run', progress=False, save_every=5)
             from moe_merge_nb.safe.checkpoint import read_tree
-            assert read_tree(f'{d}/run/checkpoint.safetensors')['midway']['task']['iteration'] == 5, m.name
+            assert read_tree(f'{d}/run/checkpoint.safetensors')['snapshot']['task']['iteration'] == 5, m.name
             same(run(toy_stream(2), short, 0, backbone, directory=f'{d}/run', progress=False), straight)
 
 
@@ -229,7 +229,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_state_before_it():
         return patch.object(state, 'callbacks', lambda method: [*real(method), Explode(value)])
     with tempfile.TemporaryDirectory() as d:
         with exploding(float('nan')), pytest.raises(FloatingPointError, match="the loss is nan in iteration 6 of task 'circles', at learning rate"): run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
-        assert read_tree(f'{d}/checkpoint.safetensors')['midway']['task']['iteration'] == 5
+        assert read_tree(f'{d}/checkpoint.safetensors')['snapshot']['task']['iteration'] == 5
         with exploding(0.): same(run(toy_stream(2), small(), 0, backbone, directory=d, progress=False), run(toy_stream(2), small(), 0, backbone, progress=False))
 
 

@@ -24,14 +24,14 @@ def test_what_is_saved_comes_back():
     import tempfile
     r = begun(merge=Merge(protect=True))
     r.model.add_task()
-    r.done, r.midway = 0, dict(task=dict(iteration=3), seconds=1.5)
+    r.done, r.snapshot = 0, dict(task=dict(iteration=3), seconds=1.5)
     with torch.no_grad(): [p.normal_() for p in r.model.moes.parameters()]
     with tempfile.TemporaryDirectory() as d:
         assert found(d, PLAN) is None and complete(d, PLAN) is None
         save(r, d, PLAN, middle=True)
         back = begun(merge=Merge(protect=True))
         restore(back, found(d, PLAN))
-    assert back.midway == r.midway and all(torch.equal(w, back.model.moes.state_dict()[k]) for k, w in r.model.moes.state_dict().items())
+    assert back.snapshot == r.snapshot and all(torch.equal(w, back.model.moes.state_dict()[k]) for k, w in r.model.moes.state_dict().items())
 
 
 def test_another_run_is_not_continued_and_not_overwritten():

@@ -122,7 +122,7 @@ def test_a_task_goes_on_from_any_iteration_bit_for_bit():
     from moe_merge_nb.safe.checkpoint import read_tree, write_tree
     class Keep(Callback):
         def __init__(self, path): self.path = path
-        def after_step(self, learner): write_tree(dict(midway=midway(learner, []), weights=dict(learner.model.moes.state_dict())), f'{self.path}/{learner.iteration}')
+        def after_step(self, learner): write_tree(dict(snapshot=snapshot(learner, []), weights=dict(learner.model.moes.state_dict())), f'{self.path}/{learner.iteration}')
     for more in (dict(), dict(workers=1), dict(precision='bf16')):
         settings = Train(**{**vars(quick), 'iterations': 6, **more})
         with tempfile.TemporaryDirectory() as d:
@@ -133,7 +133,7 @@ def test_a_task_goes_on_from_any_iteration_bit_for_bit():
                 again, _ = small_model()
                 again.moes.load_state_dict(saved['weights'])
                 torch.rand(i)                           # the caller's random state must not matter
-                learner = train_task(again, toy_stream()[0], 0, tokenizer, settings, seed=3, saved=saved['midway'])
+                learner = train_task(again, toy_stream()[0], 0, tokenizer, settings, seed=3, saved=saved['snapshot'])
                 assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters())), (more, i)
                 assert all(torch.equal(c, learner.usage.counts[key]) for key, c in straight.usage.counts.items()) and learner.iteration == 6
 
@@ -144,12 +144,12 @@ def test_a_callback_that_does_not_say_what_it_keeps_is_not_continued_midway():
     class Counts(Callback):
         def after_step(self, learner): self.n = learner.iteration
     class Says(Counts):
-        def midway(self): return dict(n=self.n)
-        def resume(self, learner, midway): self.n = midway['n']
+        def snapshot(self): return dict(n=self.n)
+        def resume(self, learner, snapshot): self.n = snapshot['n']
     model, tokenizer = small_model()
     says = Says()
     learner = train_task(model, toy_stream()[0], 0, tokenizer, Train(iterations=2, batch=4, warmup=1), callbacks=[says])
-    assert midway(learner, [Adds(), says])['callbacks'] == [{}, dict(n=2)] and midway(learner, [Adds(), Counts()]) is None
+    assert snapshot(learner, [Adds(), says])['callbacks'] == [{}, dict(n=2)] and snapshot(learner, [Adds(), Counts()]) is None
 
 
 def test_a_loss_that_is_no_number_stops_the_task_before_the_step():
@@ -157,8 +157,8 @@ def test_a_loss_that_is_no_number_stops_the_task_before_the_step():
         def __init__(self, value): self.value = value
         def loss(self, learner, images, labels): return torch.tensor(self.value if learner.iteration == 3 else 0.)
     class Watch(Callback):
-        def after_step(self, learner): self.kept = midway(learner, []), [p.clone() for p in learner.model.parameters()]
-        def before_failure(self, learner): self.last = midway(learner, [])
+        def after_step(self, learner): self.kept = snapshot(learner, []), [p.clone() for p in learner.model.parameters()]
+        def before_failure(self, learner): self.last = snapshot(learner, [])
     def same(a, b):
         if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
         if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))

@@ -10,9 +10,9 @@ def test_shares_are_a_partition_of_every_batch():
     import pytest
     from types import SimpleNamespace
     batches = [list(range(12)), list(range(12, 24))]
-    parts = [shares(batches, SimpleNamespace(num_processes=3, process_index=i)) for i in range(3)]
-    assert [sum((p[k] for p in parts), []) for k in range(2)] == batches and shares(batches, None) is batches
-    with pytest.raises(ValueError, match='train.batch is 12 for 5 processes'): shares(batches, SimpleNamespace(num_processes=5, process_index=0))
+    parts = [split_batches(batches, SimpleNamespace(num_processes=3, process_index=i)) for i in range(3)]
+    assert [sum((p[k] for p in parts), []) for k in range(2)] == batches and split_batches(batches, None) is batches
+    with pytest.raises(ValueError, match='train.batch is 12 for 5 processes'): split_batches(batches, SimpleNamespace(num_processes=5, process_index=0))
 
 
 def test_a_tensor_shows_in_the_peak():

@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from ..safe.checkpoint import fill
-from ..safe.devices import shares
+from ..safe.devices import split_batches
 from .lwf import distil, features, frozen_copy
 from ..streams.tasks import Task, prompts
 from ..learn.train import Callback, Learner, class_logits
@@ -95,18 +95,18 @@ def after_task(self:ICaRL, learner:Learner):
     for name in ('teacher', 'tokens', 'known'): vars(self).pop(name, None)
 
 @patch
-def midway(self:ICaRL)->dict: return dict(teacher=self.teacher.state_dict()) if self.memory else {}
+def snapshot(self:ICaRL)->dict: return dict(teacher=self.teacher.state_dict()) if self.memory else {}
 
 @patch
-def resume(self:ICaRL, learner:Learner, midway:dict):
-    if self.memory: fill(self.teacher, midway['teacher'], 'the teacher of this checkpoint')
+def resume(self:ICaRL, learner:Learner, snapshot:dict):
+    if self.memory: fill(self.teacher, snapshot['teacher'], 'the teacher of this checkpoint')
 
 # %% ../../nbs/7_baselines/04_icarl.ipynb #27696b4d
 @patch
 def drawn(self:ICaRL, learner:Learner)->list[tuple[int, int]]: # task, position
     "This process's exemplars in this iteration: they depend on the run's seed and the iteration only."
     rng, n = np.random.default_rng([torch.initial_seed(), learner.iteration]), len(self.known)
-    return [self.known[i] for i in shares([rng.choice(n, self.batch, replace=self.batch > n).tolist()], learner.accelerator)[0]]
+    return [self.known[i] for i in split_batches([rng.choice(n, self.batch, replace=self.batch > n).tolist()], learner.accelerator)[0]]
 
 @patch
 def loss(self:ICaRL, learner:Learner, images:Tensor, labels:Tensor)->Tensor|None:

@@ -70,7 +70,7 @@ class LwF(Callback):
     def after_task(self, learner:Learner):
         for name in ('teacher', 'w'): vars(self).pop(name)
 
-    def midway(self)->dict: return dict(teacher=self.teacher.state_dict(), w=self.w)
-    def resume(self, learner:Learner, midway:dict):
-        fill(self.teacher, midway['teacher'], 'the teacher of this checkpoint')
-        vars(self)['w'] = None if midway['w'] is None else midway['w'].to(learner.tokens.device)
+    def snapshot(self)->dict: return dict(teacher=self.teacher.state_dict(), w=self.w)
+    def resume(self, learner:Learner, snapshot:dict):
+        fill(self.teacher, snapshot['teacher'], 'the teacher of this checkpoint')
+        vars(self)['w'] = None if snapshot['w'] is None else snapshot['w'].to(learner.tokens.device)

@@ -37,5 +37,5 @@ class WiSEFT(Callback):
         vars(self)['weights'] = [p.detach().clone() for p in clip.parameters()]
 
     def after_task(self, learner:Learner): interpolate(learner.model.clip, vars(self).pop('weights'), self.alpha)
-    def midway(self)->dict: return dict(weights=self.weights)
-    def resume(self, learner:Learner, midway:dict): vars(self)['weights'] = [w.to(learner.tokens.device) for w in midway['weights']]
+    def snapshot(self)->dict: return dict(weights=self.weights)
+    def resume(self, learner:Learner, snapshot:dict): vars(self)['weights'] = [w.to(learner.tokens.device) for w in snapshot['weights']]

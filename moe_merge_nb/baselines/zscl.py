@@ -129,11 +129,11 @@ def after_task(self:ZSCL, learner:Learner):
     for name in ('start', 'mean', 'count'): vars(self).pop(name)
 
 @patch
-def midway(self:ZSCL)->dict: return dict(start=self.start, mean=self.mean, count=self.count)
+def snapshot(self:ZSCL)->dict: return dict(start=self.start, mean=self.mean, count=self.count)
 
 @patch
-def resume(self:ZSCL, learner:Learner, midway:dict):
-    vars(self).update(count=midway['count'], **{name: [w.to(learner.tokens.device) for w in midway[name]] for name in ('start', 'mean')})
+def resume(self:ZSCL, learner:Learner, snapshot:dict):
+    vars(self).update(count=snapshot['count'], **{name: [w.to(learner.tokens.device) for w in snapshot[name]] for name in ('start', 'mean')})
 
 # %% ../../nbs/7_baselines/03_zscl.ipynb #c9cded52
 @patch

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from open_clip.model import CLIP
 from torch import Tensor
-from .encode import Beside, block
+from .encode import Adapter, block
 
 # %% ../../nbs/2_clip/03_tree.ipynb #b709f2f8
 class Tree(NamedTuple):
@@ -59,24 +59,24 @@ def shared(a:list[int], b:list[int])->int:
 def encode_tree(
     clip:CLIP, # both towers transformers
     t:Tree,
-    beside:list[Beside]|None=None, # one per block, of the text tower
+    adapters:list[Adapter]|None=None, # one per block, of the text tower
 )->Tensor: # (n, embed_dim), not normalised
     "Text features of the prompts of one tree."
-    blocks, beside = clip.transformer.resblocks, beside or repeat(None)
+    blocks, adapters = clip.transformer.resblocks, adapters or repeat(None)
     x = (clip.token_embedding(t.token) + clip.positional_embedding[t.depth])[None]              # (1, N, width)
     mask = torch.zeros_like(t.sees, dtype=x.dtype).masked_fill_(~t.sees, -torch.inf)            # (N, N)
     rows = torch.cat([t.ends.new_zeros(1), t.ends])[None]                                       # (1, 1 + n)
-    for i, (b, y) in enumerate(zip(blocks, beside)):
-        x = block(b, x, mask, beside=y) if i < len(blocks) - 1 else block(b, x, mask[rows[0]], rows, y)
+    for i, (b, y) in enumerate(zip(blocks, adapters)):
+        x = block(b, x, mask, adapters=y) if i < len(blocks) - 1 else block(b, x, mask[rows[0]], rows, y)
     return clip.ln_final(x[0, 1:]) @ clip.text_projection
 
 def encode_prompts(
     clip:CLIP, # both towers transformers
     tokens:Tensor, # (n, context) ids
-    beside:list[Beside]|None=None, # one per block, of the text tower, without noise and dropout
+    adapters:list[Adapter]|None=None, # one per block, of the text tower, without noise and dropout
     most:int=384, # nodes of a tree
 )->Tensor: # (n, embed_dim), not normalised
     "Text features in evaluation: what `encode_text` gives, with shared beginnings computed once."
     which = parts(tokens, most)
-    features = torch.cat([encode_tree(clip, tree(tokens[p]), beside) for p in which])
+    features = torch.cat([encode_tree(clip, tree(tokens[p]), adapters) for p in which])
     return torch.empty_like(features).index_copy_(0, torch.tensor(sum(which, []), device=features.device), features)

@@ -66,7 +66,7 @@ class Twins:
         if side == 'bare': return block(self.frozen, self.x, self.mask)
         add = partial(mixture, self.ours, task=0) if side == 'ours' else self.plain
         if part == 'mixture': return add(self.x)
-        return block(self.frozen, self.x, self.mask, beside=add) if side == 'ours' else plain_block(self.frozen, self.plain, self.x, self.mask)
+        return block(self.frozen, self.x, self.mask, adapters=add) if side == 'ours' else plain_block(self.frozen, self.plain, self.x, self.mask)
 
 def make_twins(frozen:nn.Module, shape:tuple[int, int, int], n_experts:int, top_k:int=2, mask:Tensor|None=None, rank:int=64, seed:int=0)->Twins:
     "A block with random mixtures and a random input of `shape` (batch, tokens, width)."
@@ -240,7 +240,7 @@ FULL = dict(models=['pico', 'ViT-B-16-quickgelu'], classes=[10, 47, 102], rounds
 
 def parser()->argparse.ArgumentParser:
     "The arguments of `moe-merge-bench`."
-    p = argparse.ArgumentParser('moe-merge-bench', description='Ours beside the plain formulation and the bare towers: agreement, then ratios of time and memory.')
+    p = argparse.ArgumentParser('moe-merge-bench', description='Ours adapters the plain formulation and the bare towers: agreement, then ratios of time and memory.')
     p.add_argument('--quick', action='store_true', help='pico only: about half a minute; without it the shapes of ViT-B/16 as well: about 15 minutes on one thread that nobody else uses')
     p.add_argument('--model', action='append', help="'pico' or a transformer of open_clip (random weights); may be repeated")
     p.add_argument('--classes', type=int, action='append', help='number of prompts (10, 47, 102); may be repeated')

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from ..clip.backbone import towers
-from ..clip.encode import Beside, encode_image, encode_text, plain_text
+from ..clip.encode import Adapter, encode_image, encode_text, plain_text
 from .moe import MoE, Routing, mixture, once
 from .router import top_k_gates, top_p_gates
 from ..clip.tree import encode_prompts
@@ -80,11 +80,11 @@ def train(self:AdaptedCLIP, mode:bool=True):
 
 # %% ../../nbs/3_layer/05_adapt.ipynb #182bb615
 @patch
-def beside(self:AdaptedCLIP,
+def adapters(self:AdaptedCLIP,
     tower:str, # 'image' or 'text'
     task:int, # whose routers
     probe:Callable[[Routing], None]|None=None,
-)->list[Beside]: # one per block of the tower; none without experts
+)->list[Adapter]: # one per block of the tower; none without experts
     "What runs beside the MLPs. ValueError for a task that has no routers."
     if self.moes and not 0 <= task < self.n_tasks:
         raise ValueError(f'task is {task}, but {self.n_tasks} tasks have routers: choose 0 ... {self.n_tasks - 1}, or None for plain CLIP')
@@ -112,7 +112,7 @@ def encode_image(self:AdaptedCLIP,
     "Image features."
     if isinstance(task, Tensor): return by_task(partial(self.encode_image, probe=probe), images, task)
     if task is None: return self.clip.encode_image(images)
-    return encode_image(self.clip, images, self.beside('image', task, probe))
+    return encode_image(self.clip, images, self.adapters('image', task, probe))
 
 @patch
 def encode_text(self:AdaptedCLIP,
@@ -124,7 +124,7 @@ def encode_text(self:AdaptedCLIP,
     "Text features; the context is cut to the longest prompt, which changes nothing but the order of summation (3e-6 in fp32)."
     if isinstance(task, Tensor): return by_task(partial(self.encode_text, probe=probe), tokens, task)
     if task is None: return plain_text(self.clip, tokens)
-    return encode_text(self.clip, tokens, self.beside('text', task, probe), first=first)
+    return encode_text(self.clip, tokens, self.adapters('text', task, probe), first=first)
 
 # %% ../../nbs/3_layer/05_adapt.ipynb #d7722bdc
 @patch
@@ -136,7 +136,7 @@ def encode_prompts(self:AdaptedCLIP,
     "Text features in evaluation, as `encode_text` gives them up to the order of summation, in a fraction of the time."
     if self.training: raise ValueError('encode_prompts is for evaluation, where all prompts are routed alike: call eval() first, or use encode_text')
     if task is None or any(moe.mix is not once for moe in self.moes): return self.encode_text(tokens, task, probe)
-    return encode_prompts(self.clip, tokens, self.beside('text', task, probe))
+    return encode_prompts(self.clip, tokens, self.adapters('text', task, probe))
 
 # %% ../../nbs/3_layer/05_adapt.ipynb #923273fd
 def trainable(

@@ -31,7 +31,7 @@ class FreezeMostUsed(Callback):
         if type(self.settle) not in (int, float) or not 0 < self.settle <= 1: raise ValueError(f'freeze.settle is {self.settle!r}: choose a fraction above 0, at most 1, or null')
         if self.freeze_bug or self.n < 1: raise ValueError(f'freeze.settle is {self.settle} with freeze.freeze_bug={self.freeze_bug} and freeze.n={self.n}: a closed router needs experts that are frozen by its own counts; leave freeze.settle at null')
 
-    def midway(self)->dict|None: # what was closed is part of the model; a subclass that does more says itself what must survive
+    def snapshot(self)->dict|None: # what was closed is part of the model; a subclass that does more says itself what must survive
         return {} if all(getattr(type(self), name) is getattr(FreezeMostUsed, name) for name in ('before_task', 'after_step')) else None
 
     def after_step(self, learner:Learner):
@@ -74,8 +74,8 @@ class MergeMostUsed(Callback):
 
     def state(self)->dict: return dict(protected=[[tower, block, sorted(experts)] for (tower, block), experts in self.protected.items()])
     def restore(self, state:dict): self.protected = {(tower, block): set(experts) for tower, block, experts in state['protected']}
-    def midway(self)->dict: return dict(before=[[tower, block, counts] for (tower, block), counts in self.before.items()])
-    def resume(self, learner:Learner, midway:dict): self.before = {(tower, block): counts for tower, block, counts in midway['before']}
+    def snapshot(self)->dict: return dict(before=[[tower, block, counts] for (tower, block), counts in self.before.items()])
+    def resume(self, learner:Learner, snapshot:dict): self.before = {(tower, block): counts for tower, block, counts in snapshot['before']}
 
 # %% ../../nbs/6_learn/02_callbacks.ipynb #e2fd05cd
 @torch.no_grad()

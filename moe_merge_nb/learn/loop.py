@@ -36,7 +36,7 @@ from .sanity import check_counts, check_matrix, check_weights
 # %% ../../nbs/6_learn/10_loop.ipynb #65173a3e
 from .state import Run, changed, complete, finished, found, restore, save, start
 from ..streams.tasks import Stream
-from .train import Callback, Learner, midway, train_task
+from .train import Callback, Learner, snapshot, train_task
 from ..merge.usage import usage_rows
 
 # %% ../../nbs/6_learn/10_loop.ipynb #5a9a28d1
@@ -64,10 +64,10 @@ class Keep(Callback):
         "Save the run as it is; then, if it was asked to end, Stopped."
         if self.directory and self.accelerator.is_main_process: save(self.run, self.directory, self.plan, middle)
         self.accelerator.wait_for_everyone()
-        self.stop.check(f'stopped in task {self.run.done + (self.run.midway is not None)} of {len(self.plan["tasks"])}; the same command goes on from {self.directory}')
+        self.stop.check(f'stopped in task {self.run.done + (self.run.snapshot is not None)} of {len(self.plan["tasks"])}; the same command goes on from {self.directory}')
 
     def before_task(self, learner:Learner):
-        self.begun, self.before = time.perf_counter(), (self.run.midway or {}).get('seconds', 0.)
+        self.begun, self.before = time.perf_counter(), (self.run.snapshot or {}).get('seconds', 0.)
 
     def after_step(self, learner:Learner):
         last = learner.iteration == learner.settings.iterations                         # then it is saved when the callbacks are through
@@ -80,9 +80,9 @@ class Keep(Callback):
 def here(self:Keep, learner:Learner):
     "Save the middle of a task."
     if not self.directory or not alone(self.accelerator): return
-    now = midway(learner, self.run.around)
-    if now: self.run.midway = dict(task=now, seconds=self.before + time.perf_counter() - self.begun)
-    elif learner.iteration <= (self.every or 0): warnings.warn(f'{[type(c).__name__ for c in self.run.around if c.midway() is None]} cannot be continued in the middle of a task (no midway()): the run is saved between tasks only')
+    now = snapshot(learner, self.run.around)
+    if now: self.run.snapshot = dict(task=now, seconds=self.before + time.perf_counter() - self.begun)
+    elif learner.iteration <= (self.every or 0): warnings.warn(f'{[type(c).__name__ for c in self.run.around if c.snapshot() is None]} cannot be continued in the middle of a task (no snapshot()): the run is saved between tasks only')
     if now: self.save(middle=True)
     else: self.stop.check(f'stopped in the middle of task {learner.task.name!r}; the same command goes on from its beginning')
 
@@ -104,18 +104,18 @@ class Around:
 def learn(r:Run, a:Around)->dict|None:
     "Teach the next task; what it left, None if the method trains nothing."
     if r.method.tune == 'nothing': return None
-    if r.midway and 'trained' in r.midway: return r.midway['trained']
-    if r.model.moes and not r.midway: r.model.add_task()
+    if r.snapshot and 'trained' in r.snapshot: return r.snapshot['trained']
+    if r.model.moes and not r.snapshot: r.model.add_task()
     j, device = r.done, a.accelerator.device
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     learner = train_task(r.model, a.stream[j], j, a.tokenizer, r.method.train, r.method.tune, [*r.around, *a.extra, a.keep], seed=1000*a.seed + j,
-                         saved=r.midway and r.midway['task'], clip=a.clip, seen=a.stream.tasks[:j], accelerator=a.accelerator)
+                         saved=r.snapshot and r.snapshot['task'], clip=a.clip, seen=a.stream.tasks[:j], accelerator=a.accelerator)
     check_counts(learner)
     check_weights(r.model, learner.task.name)
     seconds = a.keep.before + time.perf_counter() - a.keep.begun
-    r.midway = dict(trained=dict(usage=usage_rows(learner.counts(), learner.task.name), events=learner.events, train=seconds, memory_mb=round(peak_memory(device), 1)))
+    r.snapshot = dict(trained=dict(usage=usage_rows(learner.counts(), learner.task.name), events=learner.events, train=seconds, memory_mb=round(peak_memory(device), 1)))
     a.keep.save(middle=True)
-    return r.midway['trained']
+    return r.snapshot['trained']
 
 # %% ../../nbs/6_learn/10_loop.ipynb #f022844c
 def fit(r:Run, a:Around, task):
@@ -154,7 +154,7 @@ def one_task(r:Run, a:Around, task):
     spent = dict(train=train, evaluate=time.perf_counter() - begin, iteration=train / r.method.train.iterations, memory_mb=memory, **evaluation.passes)
     record(r.result, trained, task.name, evaluation, spent)
     a.accelerator.log({f'accuracy/{x.selector}/{x.task}': x.accuracy for x in evaluation.matrix.itertuples()} | {f'spent/{k}': v for k, v in spent.items()}, (r.done + 1) * r.method.train.iterations)
-    r.done, r.midway = r.done + 1, None
+    r.done, r.snapshot = r.done + 1, None
     r.result.config['seconds'] = sum(t['train'] + t['evaluate'] for t in r.result.timings.values())
 
 # %% ../../nbs/6_learn/10_loop.ipynb #5cbae77e
@@ -214,7 +214,7 @@ def tasks_left(r:Run, a:Around, progress:bool|dict)->Result:
 def bar(r:Run, a:Around, progress:bool|dict)->tqdm:
     "The bar of a run, shown by the first process."
     n = r.method.train.iterations * (r.method.tune != 'nothing')
-    here = n if 'trained' in (r.midway or {}) else r.midway['task']['iteration'] if r.midway else 0
+    here = n if 'trained' in (r.snapshot or {}) else r.snapshot['task']['iteration'] if r.snapshot else 0
     options = dict(disable=progress is False or not a.accelerator.is_main_process, mininterval=1, dynamic_ncols=True)
     return tqdm(total=n * len(a.stream), initial=n * r.done + here, desc=f'{r.method.name} seed {a.seed}', **options, **(progress if isinstance(progress, dict) else {}))
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..select.accept import Fitted
 from ..layer.adapt import AdaptedCLIP, check_sizes
 from .callbacks import FreezeMostUsed, MergeMostUsed
-from ..safe.devices import shares
+from ..safe.devices import split_batches
 from .evaluate import STRATEGIES, check_classes
 from ..merge.rule import Merge, merge_iterations
 from ..select.select import SELECTORS, make_selector
@@ -75,7 +75,7 @@ def check(method:Method, stream:Stream, accelerator:Accelerator|None=None)->None
     if fitted and len(small.train) < 4: raise ValueError(f'task {small.name!r} has {len(small.train)} training images: the selectors {fitted} need at least 4 per task; use selectors=[oracle], or more images')
     for part in (method.baseline, method.head):
         if part: part.check(method.train, stream.tasks)
-    if accelerator: shares([list(range(method.train.batch))], accelerator)
+    if accelerator: split_batches([list(range(method.train.batch))], accelerator)
 
 # %% ../../nbs/6_learn/03_method.ipynb #1878724a
 def build(

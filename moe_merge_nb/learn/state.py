@@ -32,7 +32,7 @@ class Run:
     around:list[Callback]
     result:Result
     done:int=0 # tasks learned and evaluated
-    midway:dict|None=None # of the next one: {'task': see `train.midway`, 'seconds'}, or {'trained': what it left}
+    snapshot:dict|None=None # of the next one: {'task': see `train.snapshot`, 'seconds'}, or {'trained': what it left}
 
 def start(method:Method, clip:nn.Module, seed:int, config:dict, accelerator:Accelerator)->Run:
     "Before the first task."
@@ -52,18 +52,18 @@ def tuned(r:Run)->nn.Module|None:
 def state(r:Run)->dict:
     "All that must survive; see `write_tree`."
     weights, tables = tuned(r), {name: getattr(r.result, name).to_dict('list') for name in TABLES}
-    return dict(done=r.done, midway=r.midway, weights=dict(weights.state_dict()) if weights else {}, selectors={n: s.state() for n, s in r.selectors.items()}, head=r.head.state() if r.head else None,
+    return dict(done=r.done, snapshot=r.snapshot, weights=dict(weights.state_dict()) if weights else {}, selectors={n: s.state() for n, s in r.selectors.items()}, head=r.head.state() if r.head else None,
                 around=[c.state() for c in r.around], tables=tables, events=r.result.events, timings=r.result.timings)
 
 def restore(r:Run, saved:dict):
     "Bring a run that has just been started to where `saved` was; ValueError names weights that do not fit."
     if r.model.moes:
-        for _ in range(saved['done'] + (saved['midway'] is not None)): r.model.add_task()
+        for _ in range(saved['done'] + (saved['snapshot'] is not None)): r.model.add_task()
     if part := tuned(r): fill(part, saved['weights'], 'the model in this checkpoint')
     for n, s in r.selectors.items(): s.restore(saved['selectors'][n])
     if r.head: r.head.restore(saved['head'])
     for c, kept in zip(r.around, saved['around'], strict=True): c.restore(kept)
-    r.done, r.midway, r.result.events, r.result.timings = saved['done'], saved['midway'], saved['events'], saved['timings']
+    r.done, r.snapshot, r.result.events, r.result.timings = saved['done'], saved['snapshot'], saved['events'], saved['timings']
     for name, columns in saved['tables'].items(): setattr(r.result, name, pd.DataFrame(columns, columns=TABLES[name]))
 
 # %% ../../nbs/6_learn/09_state.ipynb #ffe2b2b5

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'class_logits', 'Train', 'check_number', 'check_settings', 'lr_factor', 'autocast', 'Learner',
-           'Callback', 'total_loss', 'step', 'trouble', 'random_state', 'set_random_state', 'midway', 'resume',
-           'prepare', 'schedule', 'iterate', 'train_task']
+           'Callback', 'total_loss', 'step', 'nonfinite_message', 'random_state', 'set_random_state', 'snapshot',
+           'resume', 'prepare', 'schedule', 'iterate', 'train_task']
 
 # %% ../../nbs/6_learn/01_train.ipynb #ef6d5499
 import math
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from accelerate import Accelerator
 from ..layer.adapt import AdaptedCLIP, trainable
 from ..safe.batches import Batches, batch_indices, loader
-from ..safe.devices import alone, average_gradients, shares, total_counts
+from ..safe.devices import alone, average_gradients, split_batches, total_counts
 from ..clip.encode import first_text
 from ..streams.tasks import Task, prompts
 from ..merge.usage import Block, Usage
@@ -136,10 +136,10 @@ class Callback:
     def check(self, settings:Train, tasks:tuple[Task, ...]): pass # ValueError where it cannot work with these
     def state(self)->dict: return {} # what must survive until the next task, if a run is interrupted
     def restore(self, state:dict): pass
-    def midway(self)->dict|None: # what must survive in the middle of a task; None: it can be continued from its beginning only
+    def snapshot(self)->dict|None: # what must survive in the middle of a task; None: it can be continued from its beginning only
         changes = any(getattr(type(self), name) is not getattr(Callback, name) for name in ('before_task', 'after_step'))
         return None if changes else {}
-    def resume(self, learner:Learner, midway:dict): pass # told after `before_task` of a task that is continued
+    def resume(self, learner:Learner, snapshot:dict): pass # told after `before_task` of a task that is continued
 
 # %% ../../nbs/6_learn/01_train.ipynb #5c0f6191
 def total_loss(learner:Learner, images:Tensor, labels:Tensor, texts:Tensor, callbacks:Iterable[Callback])->Tensor:
@@ -170,13 +170,13 @@ def step(
     texts.backward(held.grad)
     average_gradients(learner.optimizer, learner.accelerator)
     learner.loss = float(total)
-    if not math.isfinite(learner.loss): raise FloatingPointError(trouble(learner))
+    if not math.isfinite(learner.loss): raise FloatingPointError(nonfinite_message(learner))
     scaler.step(learner.optimizer)
     scaler.update()
     learner.iteration += 1
 
 # %% ../../nbs/6_learn/01_train.ipynb #3b55936f
-def trouble(learner:Learner)->str:
+def nonfinite_message(learner:Learner)->str:
     "What must be known to look into a loss that is no number."
     return (f'the loss is {learner.loss} in iteration {learner.iteration + 1} of task {learner.task.name!r}, at learning rate {learner.optimizer.param_groups[0]["lr"]:.3g}, '
             f'for the images {learner.batch} of its training set; the weights are those before this iteration: look at these images, or choose a smaller train.lr or a longer train.warmup')
@@ -191,9 +191,9 @@ def set_random_state(state:dict[str, Tensor], device:torch.device):
     torch.set_rng_state(state['cpu'])
     if 'cuda' in state: torch.cuda.set_rng_state(state['cuda'], device)
 
-def midway(learner:Learner, callbacks:Iterable[Callback])->dict|None: # None: a callback cannot be continued from here
+def snapshot(learner:Learner, callbacks:Iterable[Callback])->dict|None: # None: a callback cannot be continued from here
     "What a task in training consists of, besides the weights; see `write_tree`."
-    parts = [c.midway() for c in callbacks]
+    parts = [c.snapshot() for c in callbacks]
     if any(p is None for p in parts): return None
     moments = {str(i): v for i, v in learner.optimizer.state_dict()['state'].items()}
     usage = [[tower, block, counts] for (tower, block), counts in learner.usage.counts.items()]
@@ -245,13 +245,13 @@ def train_task(
     tune:str='adapters', # see `trainable`
     callbacks:Iterable[Callback]=(),
     seed:int=0, # of the order of images, noise and dropout
-    saved:dict|None=None, # go on from this `midway` of the same task; `model` holds the weights
+    saved:dict|None=None, # go on from this `snapshot` of the same task; `model` holds the weights
     **known, # `clip`, `seen`, `accelerator` of `Learner`
 )->Learner:
     "Train `task`; the random state of the caller is left as it was."
     learner = prepare(model, task, index, tokenizer, settings, tune, resumed=saved is not None, **known)
     rank, n = (0, 1) if alone(learner.accelerator) else (learner.accelerator.process_index, learner.accelerator.num_processes)
-    batches = Batches(task.train, shares(batch_indices(len(task.train), settings.batch, settings.iterations, seed), learner.accelerator), seed, rank)
+    batches = Batches(task.train, split_batches(batch_indices(len(task.train), settings.batch, settings.iterations, seed), learner.accelerator), seed, rank)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.train()
