@@ -85,6 +85,7 @@ def parameters(f: ast.FunctionDef) -> list[ast.arg]:
     "Without `self` and `cls`."
     a = f.args
     both = [*a.posonlyargs, *a.args, *a.kwonlyargs]
+    if both and both[0].arg == 'ctx': return []         # of torch.autograd.Function, which names them
     return [p for p in both if p.arg not in ('self', 'cls')]
 
 
