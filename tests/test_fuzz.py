@@ -27,8 +27,10 @@ from moe_merge_nb.safe.checkpoint import FORMAT, checksum, read_tree, write_tree
 from moe_merge_nb.streams.folder import folder
 from moe_merge_nb.streams.images import open_image, saved_few_shot
 from moe_merge_nb.merge.rule import Merge
-from moe_merge_nb.learn.results import SUMS, TABLES, example_result, load_result, load_results, pack, save_result, summary, unpack
-from moe_merge_nb.learn.train import Train
+from moe_merge_nb.learn.saved import SUMS, load_result, save_result
+from moe_merge_nb.learn.results import TABLES, example_result, summary
+from moe_merge_nb.learn.pack import load_results, pack, unpack
+from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.baselines.zscl import from_folder
 
 DEEP = '[' * 100_000

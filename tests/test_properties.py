@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from moe_merge_nb.layer.adapt import AdaptedCLIP, trainable
 from moe_merge_nb.safe.checkpoint import read_tree, write_tree
-from moe_merge_nb.learn.evaluate import mtil_metrics
+from moe_merge_nb.learn.metrics import mtil_metrics
 from moe_merge_nb.layer.experts import make_experts, read, write
 from moe_merge_nb.merge.freeze import freeze_most_used, most_used
 from moe_merge_nb.streams.images import few_shot, saved_few_shot
@@ -17,7 +17,8 @@ from moe_merge_nb.merge.rule import Merge, align, balance, choose, mean, merge_i
 from moe_merge_nb.layer.mix import mix_gathered, mix_loop, mix_segments, mix_selected, mix_stacked
 from moe_merge_nb.layer.moe import MoE, Routing, mixture
 from moe_merge_nb.layer.router import top_k_gates, top_p_gates
-from moe_merge_nb.learn.train import batch_indices, lr_factor
+from moe_merge_nb.safe.batches import batch_indices
+from moe_merge_nb.learn.settings import lr_factor
 from moe_merge_nb.merge.usage import Usage, since, usage_rows
 
 near = torch.testing.assert_close

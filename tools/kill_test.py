@@ -17,7 +17,7 @@ from moe_merge_nb.baselines.lwf import LwF
 from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.learn.method import Method
 from moe_merge_nb.streams.tasks import Images, Stream, Task
-from moe_merge_nb.learn.train import Train
+from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.baselines.zscl import ZSCL
 
 PHASES = ['beginning', 'training', 'saving', 'evaluation', 'the end']

@@ -5,7 +5,7 @@
 import sys
 from pathlib import Path
 from moe_merge_nb.study.measured import CHOICES, FIELDS, FOLDER, MADE, STUDY, ordered, store
-from moe_merge_nb.learn.results import load_results, pack
+from moe_merge_nb.learn.pack import load_results, pack
 
 FULL = {'mini': ['study', 'baselines'], 'demo': ['demo']}                                        # with the experts of a few runs
 OTHERS = {'combine': ['shared', 'combine', 'combine_aligned']}

@@ -8,7 +8,7 @@ import torch
 from moe_merge_nb.run.config import REWRITES
 from moe_merge_nb.safe.provenance import provenance
 from moe_merge_nb.run.reproduce import stream_of
-from moe_merge_nb.learn.results import load_result
+from moe_merge_nb.learn.saved import load_result
 from moe_merge_nb.rewrites.reduce import reductions
 from moe_merge_nb.run.share import load
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from moe_merge_nb.run.config import TRAIN, method
-from moe_merge_nb.learn.evaluate import mtil_metrics
+from moe_merge_nb.learn.metrics import mtil_metrics
 from moe_merge_nb.baselines.icarl import ICaRL
 from moe_merge_nb.learn.loop import run
 from moe_merge_nb.baselines.lwf import LwF
