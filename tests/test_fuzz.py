@@ -20,7 +20,8 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from moe_merge_nb.run import cli, released, share
+from moe_merge_nb.run import job, released, share, theirs
+from moe_merge_nb.run.options import composed
 from moe_merge_nb.layer.adapt import AdaptedCLIP, check_sizes
 from moe_merge_nb.clip.backbone import read_weights, write_weights
 from moe_merge_nb.safe.checkpoint import FORMAT, checksum, read_tree, write_tree
@@ -147,7 +148,7 @@ def test_a_tree_of_any_json_is_read_or_refused_by_name(tmp_path_factory, tree, n
 def test_a_safetensors_file_of_any_header_is_read_or_refused_by_name(tmp_path_factory, text, length, body):
     path = tmp_path_factory.getbasetemp()/'header.safetensors'
     path.write_bytes(struct.pack('<Q', len(text) if length is None else length) + text + body)
-    for read in (read_tree, share.load, share.read_header, released.read_checkpoint): read_or_refused(lambda: read(path), 'header.safetensors', path.parent)
+    for read in (read_tree, share.load, share.read_header, theirs.read_checkpoint): read_or_refused(lambda: read(path), 'header.safetensors', path.parent)
 
 def test_json_of_any_depth_is_refused(tmp_path):
     run_directory(tmp_path)
@@ -171,7 +172,7 @@ def test_no_reader_unpickles(tmp_path):
     np.save(tmp_path/'bomb.npy', np.array([Canary(hatched)], dtype=object), allow_pickle=True)
     contents['numpy'] = (tmp_path/'bomb.npy').read_bytes()
     for kind, data in contents.items():
-        for name, read in (('x.safetensors', read_tree), ('x.safetensors', share.load), ('x.safetensors', released.read_checkpoint), ('x.pt', released.read_checkpoint), ('x.pth', released.read_checkpoint),
+        for name, read in (('x.safetensors', read_tree), ('x.safetensors', share.load), ('x.safetensors', theirs.read_checkpoint), ('x.pt', theirs.read_checkpoint), ('x.pth', theirs.read_checkpoint),
                            ('x.csv.gz', unpack), ('x.csv', unpack), ('x.png', open_image), ('x.json', lambda p: saved_few_shot(p, [0, 1], 1))):
             (tmp_path/name).write_bytes(data)
             refused(lambda: read(tmp_path/name), name)
@@ -505,15 +506,15 @@ def test_captions_of_any_bytes_are_read_or_refused_by_name(tmp_path_factory, dat
 
 # ---- checkpoints of others
 
-@given(st.one_of(odd, st.dictionaries(st.one_of(st.sampled_from(released.NEEDED), st.text(max_size=5)), st.one_of(st.just(torch.ones(4, 4)), st.just(torch.ones(2, 3, 4, 4)), st.just(torch.zeros(0)), odd), max_size=12)), st.booleans())
+@given(st.one_of(odd, st.dictionaries(st.one_of(st.sampled_from(theirs.NEEDED), st.text(max_size=5)), st.one_of(st.just(torch.ones(4, 4)), st.just(torch.ones(2, 3, 4, 4)), st.just(torch.zeros(0)), odd), max_size=12)), st.booleans())
 def test_a_checkpoint_of_any_content_is_converted_or_refused(state, wrapped):
     try: released.from_moe_adapters4cl(dict(state_dict=state) if wrapped else state)
     except ValueError as e: assert type(e) is ValueError and str(e)
     else: raise AssertionError('it cannot be a model of MoE-Adapters4CL')
 
-THEIRS = {**dict.fromkeys(released.NEEDED, (8, 8)), 'visual.conv1.weight': (8, 3, 4, 4), 'visual.positional_embedding': (5, 8), 'token_embedding.weight': (20, 8)}
+THEIRS = {**dict.fromkeys(theirs.NEEDED, (8, 8)), 'visual.conv1.weight': (8, 3, 4, 4), 'visual.positional_embedding': (5, 8), 'token_embedding.weight': (20, 8)}
 
-@given(st.dictionaries(st.sampled_from(released.NEEDED), st.lists(st.integers(0, 9), max_size=4), max_size=2), st.sampled_from([None, 'visual.transformer.resblocks.999999999.x', 'transformer.resblocks.0.adaptmlp_list.7.x', 'visual.transformer.resblocks.0.router_list.88888888888888888888']), st.sampled_from([None, 1, 2, 3, 0, -1]))
+@given(st.dictionaries(st.sampled_from(theirs.NEEDED), st.lists(st.integers(0, 9), max_size=4), max_size=2), st.sampled_from([None, 'visual.transformer.resblocks.999999999.x', 'transformer.resblocks.0.adaptmlp_list.7.x', 'visual.transformer.resblocks.0.router_list.88888888888888888888']), st.sampled_from([None, 1, 2, 3, 0, -1]))
 def test_tensors_of_any_shapes_under_their_names_are_refused(shapes, name, heads):
     state = {n: torch.ones(s) for n, s in {**THEIRS, **shapes, **({name: (1,)} if name else {})}.items()}
     with pytest.raises(ValueError) as e: released.from_moe_adapters4cl(state, vision_heads=heads, text_heads=heads)
@@ -525,7 +526,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path_factory, name, change)
     state = {'visual.proj': torch.ones(3, 3)}
     torch.save(state, d/name) if not name.endswith('safetensors') else save_file(state, d/name)
     (d/name).write_bytes(change((d/name).read_bytes()))
-    found = read_or_refused(lambda: released.read_checkpoint(d/name), name)
+    found = read_or_refused(lambda: theirs.read_checkpoint(d/name), name)
     assert found is None or isinstance(found, dict)
 
 @given(damage())
@@ -625,6 +626,6 @@ REFUSED = ['train.iterations=1e400', 'train.lr=nan', 'train.lr=[1,2]', 'train.be
 @pytest.mark.parametrize('override', REFUSED)
 def test_an_odd_setting_on_the_command_line_is_refused_and_named(monkeypatch, override):
     def trains(*args): raise AssertionError('it would have been trained')
-    monkeypatch.setattr(cli, 'run', trains)
-    with pytest.raises((cli.UsageError, HydraException)) as e: cli.job(cli.composed('stream=toy', 'model=random', override), progress=False)
+    monkeypatch.setattr(job, 'run', trains)
+    with pytest.raises((job.UsageError, HydraException)) as e: job.job(composed('stream=toy', 'model=random', override), progress=False)
     assert override.split('=')[0].split('.')[-1] in str(e.value)
