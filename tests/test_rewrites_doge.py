@@ -8,7 +8,8 @@ import pytest, torch
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import Expert, read
-from moe_merge_nb.merge.rule import Merge, mean, merge_once
+from moe_merge_nb.merge.rule import Merge, merge_once
+from moe_merge_nb.merge.combine import mean
 from moe_merge_nb.layer.moe import MoE
 from moe_merge_nb.rewrites.doge import *
 from moe_merge_nb.rewrites.group import reduce_by, rewrite
@@ -74,7 +75,7 @@ def test_doge_needs_a_common_start_and_a_share():
 
 def test_doge_merges_during_training_and_reduces_after_it():
     torch.manual_seed(0)
-    moe = MoE('image', 0, 8, 4, 6, shared_init=True); moe.add_task()
+    moe = MoE('image', 0, 8, Experts(4, 6, shared_init=True)); moe.add_task()
     for p in moe.experts.parameters(): p.data += torch.randn_like(p)
     sources, used = [read(moe.experts[e]) for e in (1, 3)], torch.tensor([4, 9, 1, 7])
     merge_once(moe, used, Merge(combine='moe_merge_nb.rewrites.doge.doge'))

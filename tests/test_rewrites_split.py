@@ -34,7 +34,7 @@ def test_the_sum_of_the_parts_is_the_expert():
 def test_a_union_changes_nothing_whatever_the_gate():
     torch.manual_seed(0)
     for gate in (partial(top_k_gates, k=3), partial(top_p_gates, p=.6)):
-        moe = MoE('image', 0, 8, 5, 12, gate=gate).eval(); moe.add_task()
+        moe = MoE('image', 0, 8, Experts(5, 12, gate=gate)).eval(); moe.add_task()
         for p in moe.parameters(): torch.nn.init.normal_(p)
         x, old = torch.randn(30, 4, 8), bank(moe)
         y = mixture(moe, x, 0)
@@ -65,7 +65,7 @@ def test_a_split_changes_no_answer_of_either_tower():
 
 def test_a_bank_that_was_rewritten_before_can_be_split():
     torch.manual_seed(0)
-    moe = MoE('image', 0, 8, 6, 4).eval(); moe.add_task()
+    moe = MoE('image', 0, 8, Experts(6, 4)).eval(); moe.add_task()
     for p in moe.parameters(): torch.nn.init.normal_(p)
     x, b = torch.randn(30, 4, 8), bank(moe)
     place = torch.zeros(6, 3); place[[0, 1, 2, 4], [0, 0, 1, 2]] = torch.tensor([1., 1., .5, 2.])       # two bound, two closed, two scaled
@@ -77,14 +77,14 @@ def test_a_bank_that_was_rewritten_before_can_be_split():
 
 
 def test_ties_go_to_the_lowest_expert_as_before():
-    moe = MoE('image', 0, 8, 6, 4).eval(); moe.add_task()                       # a new router: all logits are 0
+    moe = MoE('image', 0, 8, Experts(6, 4)).eval(); moe.add_task()                       # a new router: all logits are 0
     for p in moe.experts.parameters(): torch.nn.init.normal_(p)
     x = torch.randn(5, 4, 8)
     torch.testing.assert_close(mixture(layer(fine_grained([bank(moe)], 4)[0]), x, 0), mixture(moe, x, 0))
 
 
 def test_other_gates_and_impossible_numbers_are_refused():
-    moe = MoE('text', 3, 8, 6, 4, gate=top_p_gates); moe.add_task()
+    moe = MoE('text', 3, 8, Experts(6, 4, gate=top_p_gates)); moe.add_task()
     with pytest.raises(ValueError, match='text block 3.*union_of_experts'): fine_grained([bank(moe)], 2)
     moe.gate = top_k_gates
     for n_shared in (4, -1, 1.):
@@ -94,7 +94,7 @@ def test_other_gates_and_impossible_numbers_are_refused():
 
 def test_a_shared_part_learns_from_every_sequence():
     torch.manual_seed(0)
-    moe = MoE('image', 0, 8, 6, 4); moe.add_task()
+    moe = MoE('image', 0, 8, Experts(6, 4)); moe.add_task()
     for p in moe.parameters(): torch.nn.init.normal_(p)
     b = fine_grained([bank(moe)], 2, n_shared=2, counts=[torch.tensor([0, 1, 0, 9, 0, 0])])[0]
     assert b.always.nonzero().flatten().tolist() == [6, 7] and b.select.keywords == {'k': 2}
@@ -158,7 +158,7 @@ def test_a_row_selects_k_columns_or_a_column_selects_n_rows():
 
 def test_all_parts_of_one_expert_without_weights_are_that_expert_but_the_router_learns_nothing():
     torch.manual_seed(0)
-    moe = MoE('image', 0, 8, 5, 6, gate=partial(top_k_gates, k=1)).eval(); moe.add_task()
+    moe = MoE('image', 0, 8, Experts(5, 6, gate=partial(top_k_gates, k=1))).eval(); moe.add_task()
     for p in moe.parameters(): torch.nn.init.normal_(p)
     x, b = torch.randn(30, 4, 8), bank(moe)
     y = mixture(moe, x, 0)

@@ -5,8 +5,9 @@ from functools import partial
 import pytest, torch
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.clip.backbone import load_clip
-from moe_merge_nb.layer.experts import Expert, make_experts, read, write
-from moe_merge_nb.merge.rule import Merge, mean, merge_once
+from moe_merge_nb.layer.experts import Expert, many, read, write
+from moe_merge_nb.merge.rule import Merge, merge_once
+from moe_merge_nb.merge.combine import mean
 from moe_merge_nb.layer.moe import MoE
 from moe_merge_nb.rewrites.bank import bank
 from moe_merge_nb.rewrites.group import average, merge_groups, reduce_by, rewrite
@@ -85,7 +86,7 @@ def test_one_expert_alone_comes_back():
 def test_every_rule_merges_during_training():
     torch.manual_seed(0)
     for combine in (task_arithmetic, ties, dare, dare_ties):
-        moe = MoE('image', 0, 8, 4, 3, shared_init=True); moe.add_task()
+        moe = MoE('image', 0, 8, Experts(4, 3, shared_init=True)); moe.add_task()
         for p in moe.experts.parameters(): p.data += torch.randn_like(p)
         sources, used = [read(moe.experts[e]) for e in (1, 3)], torch.tensor([4, 9, 1, 7])
         name = f'moe_merge_nb.rewrites.task_vectors.{combine.__name__}'
@@ -130,7 +131,7 @@ def test_reductions_keep_the_budget_and_reduce_by_the_mean_is_the_control():
 
 def test_copies_merge_without_loss():
     torch.manual_seed(0)
-    moe = MoE('image', 0, 8, 3, 4, shared_init=True); moe.add_task()
+    moe = MoE('image', 0, 8, Experts(3, 4, shared_init=True)); moe.add_task()
     for p in moe.experts.parameters(): p.data += torch.randn_like(p)
     b = bank(moe); b.states[1] = b.states[0]
     for combine in (mean, partial(task_arithmetic, lam=.5), partial(ties, density=1.), partial(dare_ties, density=1.)):

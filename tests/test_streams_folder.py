@@ -190,8 +190,9 @@ def test_folders_that_are_no_stream_are_refused():
 
 def test_a_run_from_files_end_to_end():
     from moe_merge_nb.clip.backbone import load_clip
-    from moe_merge_nb.learn.loop import Method, run
-    from moe_merge_nb.learn.train import Train
+    from moe_merge_nb.learn.method import Method
+    from moe_merge_nb.learn.loop import run
+    from moe_merge_nb.learn.settings import Train
     with tempfile.TemporaryDirectory() as d:
         root = tree(Path(d)/'root', n=4)
         (root/'cars'/'train'/'c'/'bad.png').write_bytes(b'')

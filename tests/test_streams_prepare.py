@@ -6,9 +6,10 @@ from pathlib import Path
 from unittest.mock import patch
 from urllib.error import URLError
 import pytest
-from moe_merge_nb.streams.datasets import MTIL, find
+from moe_merge_nb.streams.datasets import find
 from moe_merge_nb.streams.miniature import miniature
-from moe_merge_nb.streams.prepare import check_names, damaged, download, main, prepare, status
+from moe_merge_nb.streams.prepare import check_names, damaged, download, main, status
+from moe_merge_nb.streams.sources import MTIL
 
 def run(*args):
     "Exit code, what was written to the screen, and errors"

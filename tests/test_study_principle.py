@@ -4,10 +4,11 @@
 import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
 from moe_merge_nb.clip.backbone import load_clip
-from moe_merge_nb.run.config import EXPERTS, method
+from moe_merge_nb.baselines.methods import MINI_EXPERTS, method
 from moe_merge_nb.layer.experts import Expert, read
 from moe_merge_nb.learn.loop import run
-from moe_merge_nb.merge.rule import align, balance, neurons
+from moe_merge_nb.merge.align import align
+from moe_merge_nb.layer.experts import balance, neurons
 from moe_merge_nb.study.principle import *
 from moe_merge_nb.streams.tasks import toy_stream
 

@@ -5,7 +5,7 @@
 import argparse
 from pathlib import Path
 import torch
-from moe_merge_nb.run.config import REWRITES
+from moe_merge_nb.rewrites.rules import REWRITES
 from moe_merge_nb.safe.provenance import provenance
 from moe_merge_nb.run.reproduce import stream_of
 from moe_merge_nb.learn.saved import load_result

@@ -6,7 +6,7 @@ import csv, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from moe_merge_nb.run.config import TRAIN, method
+from moe_merge_nb.baselines.methods import TRAIN, method
 from moe_merge_nb.learn.metrics import mtil_metrics
 from moe_merge_nb.baselines.icarl import ICaRL
 from moe_merge_nb.learn.loop import run

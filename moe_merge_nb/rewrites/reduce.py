@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from ..layer.adapt import AdaptedCLIP
 from ..safe.checkpoint import read_tree, write_tree
-from ..learn.evaluate import cosine_logits
+from ..learn.views import cosine_logits
 from ..learn.features import class_embeddings
 from ..safe.files import replacing
 from .bank import Bank, banks, n_expert_parameters, with_banks
@@ -28,7 +28,8 @@ from .split import unweighted
 from .statistics import Statistics, calibrate
 from ..layer.router import top_k_gates, top_p_gates
 from ..streams.tasks import Stream, Task, prompts
-from ..learn.train import class_logits, lr_factor
+from ..learn.train import class_logits
+from ..learn.settings import lr_factor
 
 # %% ../../nbs/8_rewrites/11_reduce.ipynb #c407c208
 @torch.no_grad()

@@ -8,8 +8,12 @@ __all__ = ['SELECTORS', 'frozen_features', 'stretch', 'dataset_features', 'Oracl
 
 # %% ../../nbs/5_select/01_select.ipynb #d9fbc371
 import inspect
+from typing import Any
 import torch
-from torch.utils.data import DataLoader, Subset
+from accelerate import Accelerator
+from fastcore.basics import patch
+from torch import nn, Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 from .accept import Fitted
 from .autoencoder import AutoEncoder
 from ..clip.backbone import towers
@@ -20,13 +24,14 @@ from .text_space import TextSpace
 
 # %% ../../nbs/5_select/01_select.ipynb #7ec61be3
 @torch.no_grad()
-def frozen_features(clip, # an open_clip model with a transformer image tower
-                    images # (N, 3, H, W), normalised
-                   )->torch.Tensor: # (N, d + 2 w): embedding (not normalised), mean and std over tokens; d = embed_dim, w = width
-    "Features of plain `clip` by which selectors tell tasks apart: its embedding, and mean and std over tokens after half of its blocks"
+def frozen_features(
+    clip:nn.Module, # an open_clip model with a transformer image tower
+    images:Tensor, # (N, 3, H, W), normalised
+)->Tensor: # (N, d + 2 w): embedding (not normalised), mean and std over tokens; w = width
+    "What tells tasks apart, of plain `clip`: its embedding, and mean and std over tokens half-way up."
     blocks, seen = towers(clip)['image'], []
     half = max(1, len(blocks)//2)
-    reader = blocks[half].ln_1 if half < len(blocks) else clip.visual.ln_post # whoever reads the tokens half-way up
+    reader = blocks[half].ln_1 if half < len(blocks) else clip.visual.ln_post # reads the tokens half-way up
     hook = reader.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try: z = encode_image(clip, images, pooled=half < len(blocks)) # (N, d)
     finally: hook.remove()
@@ -34,60 +39,96 @@ def frozen_features(clip, # an open_clip model with a transformer image tower
     return torch.cat([z, x.mean(1), x.std(1)], dim=1)
 
 # %% ../../nbs/5_select/01_select.ipynb #36ca1123
-def stretch(dataset, accelerator):
-    "This process's part of `dataset`"
-    r, m, n = accelerator.process_index, -(-len(dataset)//accelerator.num_processes), len(dataset)
+def stretch(
+    dataset:Dataset,
+    accelerator:Accelerator,
+)->Subset:
+    "This process's part of `dataset`."
+    n, r = len(dataset), accelerator.process_index
+    m = -(-n//accelerator.num_processes) # images of each process
     return Subset(dataset, [min(i, n - 1) for i in range(r*m, (r + 1)*m)])
 
-def dataset_features(clip, dataset, # of (image, label)
-                     batch=96, # images per pass; does not change the result beyond rounding
-                     num_workers=0, # processes that load images
-                     accelerator=None # of `accelerate`: processes share the work; None: one process
-                    )->tuple[torch.Tensor, torch.Tensor]: # features (N, d + 2 w), labels (N,); on the CPU
-    "`frozen_features` and labels of a whole dataset, in order"
-    device, mine = next(clip.parameters()).device, dataset if alone(accelerator) else stretch(dataset, accelerator)
-    parts = [(frozen_features(clip, x.to(device)).cpu(), y) for x, y in DataLoader(mine, batch, num_workers=num_workers)]
+# %% ../../nbs/5_select/01_select.ipynb #81bc7d7c
+def dataset_features(
+    clip:nn.Module,
+    dataset:Dataset, # of (image, label)
+    batch:int=96, # images per pass; does not change the result beyond rounding
+    num_workers:int=0, # processes that load images
+    accelerator:Accelerator|None=None, # processes share the work; None: one process
+)->tuple[Tensor, Tensor]: # features (N, d + 2 w), labels (N,); on the CPU
+    "`frozen_features` and labels of a whole dataset, in order."
+    device = next(clip.parameters()).device
+    mine = dataset if alone(accelerator) else stretch(dataset, accelerator)
+    loading = DataLoader(mine, batch, num_workers=num_workers)
+    parts = [(frozen_features(clip, x.to(device)).cpu(), y) for x, y in loading]
     features, labels = (torch.cat(p) for p in zip(*parts))
     if alone(accelerator): return features, labels
-    return tuple(accelerator.gather(t.to(accelerator.device))[:len(dataset)].cpu() for t in (features, labels))
+    everybodys = [accelerator.gather(t.to(accelerator.device)) for t in (features, labels)]
+    return tuple(t[:len(dataset)].cpu() for t in everybodys)
 
 # %% ../../nbs/5_select/01_select.ipynb #414a0751
 class Oracle:
-    "The true task if it has been learned, else plain CLIP"
+    "The true task if it has been learned, else plain CLIP."
     n_parameters = 0
     def __init__(self): self.n_tasks = 0
-    def fit(self, features, # (N, F) of the next task's training images
-            labels=None, # (N,)
-            texts=None): # (classes, d) frozen text embeddings of its classes, unit length
-        "Take note that one more task has been learned"
+
+    def fit(self,
+        features:Tensor, # (N, F) of the next task's training images
+        labels:Tensor|None=None, # (N,)
+        texts:Tensor|None=None, # (classes, d) frozen text embeddings of its classes, unit length
+    ):
+        "Take note that one more task has been learned."
         self.n_tasks += 1
         return self
-    def scores(self, features)->torch.Tensor: # (N, tasks)
-        "0 for every task: by features alone, none is more alike"
-        return torch.zeros(len(features), self.n_tasks)
-    def select(self, features, # (N, F)
-               task=None # true index
-              )->torch.Tensor: # (N,) in -1 ... tasks - 1
-        "`task` where it has been learned; `ValueError` if it is not given"
-        if task is None: raise ValueError('the oracle must be told the true task: select(features, task=...)')
-        return torch.full((len(features),), task if task < self.n_tasks else -1)
-    def state(self)->dict: return dict(n_tasks=self.n_tasks)
-    def restore(self, state):
-        self.n_tasks = state['n_tasks']
-        return self
 
+    def scores(self, features:Tensor)->Tensor: # (N, tasks)
+        "0 for every task: by features alone, none is more alike."
+        return torch.zeros(len(features), self.n_tasks)
+
+# %% ../../nbs/5_select/01_select.ipynb #ba58726d
+@patch
+def select(self:Oracle,
+    features:Tensor, # (N, F)
+    task:int|None=None, # true index
+)->Tensor: # (N,) in -1 ... tasks - 1
+    "`task` where it has been learned; `ValueError` if it is not given."
+    if task is None:
+        raise ValueError('the oracle must be told the true task: select(features, task=...)')
+    return torch.full((len(features),), task if task < self.n_tasks else -1)
+
+@patch
+def state(self:Oracle)->dict: return dict(n_tasks=self.n_tasks)
+
+@patch
+def restore(self:Oracle, state:dict):
+    self.n_tasks = state['n_tasks']
+    return self
+
+# %% ../../nbs/5_select/01_select.ipynb #b242ea82
 class Latest(Oracle):
-    "Always the routers of the latest task, never plain CLIP once there is one"
-    def select(self, features, task=None)->torch.Tensor: # (N,)
+    "Always the routers of the latest task, never plain CLIP once there is one."
+    def select(self,
+        features:Tensor, # (N, F)
+        task:int|None=None, # not read
+    )->Tensor: # (N,)
         return torch.full((len(features),), self.n_tasks - 1)
 
 # %% ../../nbs/5_select/01_select.ipynb #c6aa62b5
-SELECTORS = {'oracle': Oracle, 'none': Latest, 'autoencoder': AutoEncoder, 'gaussian': Gaussian, 'text': TextSpace}
+SELECTORS = {
+    'oracle': Oracle,
+    'none': Latest,
+    'autoencoder': AutoEncoder,
+    'gaussian': Gaussian,
+    'text': TextSpace,
+}
 
-def make_selector(name:str, # a key of `SELECTORS`
-                  **options): # its arguments
-    "A new selector; `ValueError` for a name or an option that there is not"
-    if name not in SELECTORS: raise ValueError(f'selector={name!r}: choose one of {list(SELECTORS)}')
+def make_selector(
+    name:str, # a key of `SELECTORS`
+    **options:Any, # its arguments
+)->Oracle|Fitted:
+    "A new selector; `ValueError` for a name or an option that there is not."
+    if name not in SELECTORS:
+        raise ValueError(f'selector={name!r}: choose one of {list(SELECTORS)}')
     known = list(inspect.signature(SELECTORS[name]).parameters)
     unknown = [o for o in options if o not in known]
     if unknown: raise ValueError(f'selector {name!r} has no option {unknown[0]!r}; it has {known}')
@@ -101,6 +142,7 @@ def selector_parameters(
 )->int:
     "`n_parameters` of a selector after these tasks."
     T, hidden = len(classes), AutoEncoder().hidden
-    if name == 'gaussian': return F*sum(classes) + T*F*(F + 1)//2 + T                 # centroids, a covariance per task, thresholds
-    if name == 'autoencoder': return T*(2*F*hidden + hidden + F + 2*F + 1)            # two layers, mean and standard deviation, threshold
-    return T if name == 'text' else 0
+    layers, covariance = 2*F*hidden + hidden + F, F*(F + 1)//2
+    if name == 'gaussian': return F*sum(classes) + T*(covariance + 1) # centroids; and a threshold
+    if name == 'autoencoder': return T*(layers + 2*F + 1) # mean and std; a threshold
+    return T if name == 'text' else 0 # a threshold

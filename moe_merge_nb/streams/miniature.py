@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
-from .datasets import MTIL, names_of
 from ..safe.files import replacing, write_text
+from .sources import MTIL, names_of
 
 # %% ../../nbs/1_streams/09_miniature.ipynb #036aab1d
 def draw(

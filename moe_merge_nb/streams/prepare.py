@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
-from .datasets import ARCHIVES, MTIL, Found, files, find
+from .datasets import Found, find, image_name
 from .miniature import miniature
+from .sources import ARCHIVES, MTIL
 
 # %% ../../nbs/1_streams/08_prepare.ipynb #afa447b7
 def check_names(

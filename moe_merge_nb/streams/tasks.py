@@ -25,17 +25,19 @@ def normalise(
 class Images(Dataset):
     "Images in memory: bytes inside, normalised floats outside."
     def __init__(self,
-        images, # uint8 array or tensor, (N, 3, H, W)
-        labels, # integers, (N,)
+        images:np.ndarray|torch.Tensor, # uint8, (N, 3, H, W)
+        labels:Sequence[int]|torch.Tensor, # (N,)
     ):
         self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels).long()
-        if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype != torch.uint8:
-            raise ValueError(f'images are {self.images.dtype} {tuple(self.images.shape)}; give uint8 of shape (N, 3, H, W)')
-        if self.labels.shape != self.images.shape[:1]:
-            raise ValueError(f'labels have shape {tuple(self.labels.shape)} beside {len(self.images)} images; give one label per image')
-    def __len__(self): return len(self.images)
-    def __getitem__(self, i): return normalise(self.images[i]), int(self.labels[i])
-    def __getitems__(self, i): return list(zip(normalise(self.images[i]), self.labels[i].tolist()))
+        shape, kind = tuple(self.images.shape), self.images.dtype
+        if len(shape) != 4 or shape[1] != 3 or kind != torch.uint8:
+            raise ValueError(f'images are {kind} {shape}; give uint8 of shape (N, 3, H, W)')
+        have = tuple(self.labels.shape)
+        if have != shape[:1]:
+            raise ValueError(f'labels have shape {have} beside {shape[0]} images; give one label per image')
+    def __len__(self)->int: return len(self.images)
+    def __getitem__(self, i:int): return normalise(self.images[i]), int(self.labels[i])
+    def __getitems__(self, i:list[int]): return list(zip(normalise(self.images[i]), self.labels[i].tolist()))
 
 # %% ../../nbs/1_streams/01_tasks.ipynb #b1a9071a
 def stack(
@@ -47,33 +49,51 @@ def stack(
     return torch.cat(images), torch.cat(labels)
 
 # %% ../../nbs/1_streams/01_tasks.ipynb #9bc9ba97
-def _names(task, field, values):
-    "`values` as a tuple; a lone string, which Python would take apart into letters, is refused"
-    if isinstance(values, str): raise ValueError(f'task {task!r}: {field} is the string {values!r}; give a tuple of strings')
+def _words(task, field, values):
+    "`values` as a tuple; ValueError for a lone string."
+    if isinstance(values, str):
+        raise ValueError(f'task {task!r}: {field} is the string {values!r}; give a tuple of strings')
     return tuple(values)
 
-def _check_task(t):
-    "Raise ValueError, naming the task, for anything that would only fail later"
-    if not t.classes: raise ValueError(f'task {t.name!r} has 0 classes; it needs at least 1')
-    twice = sorted({c for c in t.classes if t.classes.count(c) > 1})
-    if twice: raise ValueError(f'task {t.name!r} has classes with the same name: {twice}; class names must be unique within a task')
-    if not t.templates: raise ValueError(f'task {t.name!r} has 0 templates; it needs at least 1')
-    for s in t.templates:
-        if s.count('{}') != 1: raise ValueError(f"task {t.name!r}: template {s!r} has {s.count('{}')} gaps; it needs exactly one '{{}}'")
-    if len(t.calibration) != len(t.train): raise ValueError(f'task {t.name!r}: calibration has {len(t.calibration)} images; it needs the {len(t.train)} of train')
-    for split in ('train', 'test'):
-        if not len(getattr(t, split)): raise ValueError(f'task {t.name!r}: {split} has 0 images; it needs at least 1')
-        labels = getattr(getattr(t, split), 'labels', None)
-        if isinstance(labels, torch.Tensor) and not 0 <= labels.min() <= labels.max() < len(t.classes):
-            raise ValueError(f'task {t.name!r}: the labels of {split} are {int(labels.min())} ... {int(labels.max())}; with {len(t.classes)} classes they must be 0 ... {len(t.classes) - 1}')
+def _check_word(s):
+    "ValueError for what no file or prompt could hold."
+    if not isinstance(s, str) or not s.strip(): raise ValueError(f'{s!r} is no name; give texts that are not blank')
+    try: s.encode()
+    except UnicodeEncodeError: # a folder from another system may be named in bytes that are not UTF-8
+        raise ValueError(f'{s!r} is no Unicode text; rename it') from None
 
-def _check_words(t):
-    "Raise ValueError for names that no file or prompt could hold: they would be found out after the training"
-    for s in (t.name, *t.classes, *t.templates):
-        if not isinstance(s, str) or not s.strip(): raise ValueError(f'task {t.name!r}: {s!r} is no name; give texts that are not blank')
-        try: s.encode()
-        except UnicodeEncodeError: raise ValueError(f'task {t.name!r}: {s!r} is no Unicode text; rename it (a folder from another system may be named in bytes that are not UTF-8)') from None
-    if any(c < ' ' for c in t.name): raise ValueError(f'task {t.name!r} has a line break or another control character in its name; results are tables, rename it')
+def _twice(names):
+    "What is in `names` more than once, in order."
+    return sorted({n for n in names if names.count(n) > 1})
+
+# %% ../../nbs/1_streams/01_tasks.ipynb #3b36ffc1
+def _check_texts(t):
+    "ValueError for words that would only fail later."
+    for s in (t.name, *t.classes, *t.templates): _check_word(s)
+    if any(c < ' ' for c in t.name):
+        raise ValueError('its name has a line break or another control character; results are tables, rename it')
+    for field in ('classes', 'templates'):
+        if not getattr(t, field): raise ValueError(f'0 {field}; it needs at least 1')
+    twice = _twice(t.classes)
+    if twice: raise ValueError(f'classes with the same name: {twice}; class names must be unique within a task')
+    for s in t.templates:
+        if s.count('{}') != 1: raise ValueError(f"template {s!r} has {s.count('{}')} gaps; it needs exactly one '{{}}'")
+
+def _check_split(t, split):
+    "ValueError for a split without images, or with labels that no class has."
+    data, n = getattr(t, split), len(t.classes)
+    if not len(data): raise ValueError(f'{split} has 0 images; it needs at least 1')
+    labels = getattr(data, 'labels', None)
+    if not isinstance(labels, torch.Tensor): return
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < n:
+        raise ValueError(f'the labels of {split} are {low} ... {high}; with {n} classes they must be 0 ... {n - 1}')
+
+def _check_images(t):
+    "ValueError for images that do not fit the task."
+    have, want = len(t.calibration), len(t.train)
+    if have != want: raise ValueError(f'calibration has {have} images; it needs the {want} of train')
+    for split in ('train', 'test'): _check_split(t, split)
 
 # %% ../../nbs/1_streams/01_tasks.ipynb #3e4a7bda
 @dataclass(frozen=True, repr=False)
@@ -87,10 +107,15 @@ class Task:
     calibration:Dataset|None=None # the training images as they look in evaluation, without augmentation; None: `train`
     def __post_init__(self):
         if self.calibration is None: object.__setattr__(self, 'calibration', self.train)
-        for field in ('classes', 'templates'): object.__setattr__(self, field, _names(self.name, field, getattr(self, field)))
-        _check_words(self)
-        _check_task(self)
-    def __repr__(self): return f'Task({self.name}: {len(self.classes)} classes, {len(self.train)} train, {len(self.test)} test)'
+        for field in ('classes', 'templates'):
+            object.__setattr__(self, field, _words(self.name, field, getattr(self, field)))
+        try:
+            _check_texts(self)
+            _check_images(self)
+        except ValueError as e: raise ValueError(f'task {self.name!r}: {e}') from None
+    def __repr__(self)->str:
+        classes, train, test = map(len, (self.classes, self.train, self.test))
+        return f'Task({self.name}: {classes} classes, {train} train, {test} test)'
 
 # %% ../../nbs/1_streams/01_tasks.ipynb #002435d6
 def prompts(
@@ -110,14 +135,16 @@ class Stream:
     def __post_init__(self):
         object.__setattr__(self, 'tasks', tuple(self.tasks))
         if not self.tasks: raise ValueError(f'stream {self.name!r} has 0 tasks; it needs at least 1')
-        twice = sorted({n for n in self.names if self.names.count(n) > 1})
-        if twice: raise ValueError(f'stream {self.name!r} has tasks with the same name: {twice}; task names must be unique within a stream')
+        twice = _twice(self.names)
+        if twice: raise ValueError(f'stream {self.name!r} has tasks with the same name: {twice}; rename all but one')
     @property
-    def names(self)->list[str]: return [t.name for t in self.tasks]
+    def names(self)->list[str]:
+        "Of the tasks, in the order of learning."
+        return [t.name for t in self.tasks]
     def __len__(self)->int: return len(self.tasks)
     def __iter__(self)->Iterator[Task]: return iter(self.tasks)
     def __getitem__(self, i:int)->Task: return self.tasks[i]
-    def __repr__(self): return f'Stream({self.name}: ' + ' > '.join(self.names) + ')'
+    def __repr__(self)->str: return f'Stream({self.name}: ' + ' > '.join(self.names) + ')'
 
 # %% ../../nbs/1_streams/01_tasks.ipynb #c9908be2
 def reorder(
@@ -126,7 +153,8 @@ def reorder(
 )->Stream:
     "`stream` with its tasks in the order of `names`; ValueError unless these are its tasks."
     if sorted(names) != sorted(stream.names):
-        raise ValueError(f'order {list(names)} is no permutation of the tasks of {stream.name!r}: {stream.names}; name each of them once')
+        raise ValueError(f'order {list(names)} is no permutation of the tasks of {stream.name!r}; '
+                         f'name each of these once: {stream.names}')
     by_name = {t.name: t for t in stream}
     return replace(stream, tasks=tuple(by_name[n] for n in names))
 
@@ -135,36 +163,55 @@ def first(
     n:int, # tasks to keep, 1 ... len(stream)
 )->Stream:
     "The first `n` tasks of `stream`; ValueError if it has fewer."
-    if not 1 <= n <= len(stream): raise ValueError(f'cannot take the first {n} tasks of {stream.name!r}; choose 1 to {len(stream)}')
+    if not 1 <= n <= len(stream):
+        raise ValueError(f'cannot take the first {n} tasks of {stream.name!r}; choose 1 to {len(stream)}')
     return replace(stream, tasks=stream.tasks[:n])
 
 # %% ../../nbs/1_streams/01_tasks.ipynb #4c6bfb75
-_SHAPES = {
-    'square':   (lambda u, v: np.maximum(abs(u), abs(v)) < .8, 230), # shape, grey level of its background
-    'circle':   (lambda u, v: u*u + v*v < 1, 40),
-    'stripe':   (lambda u, v: np.sin(7*u) > 0, 130),
+_SHAPES = { # the shape, the grey level of its background
+    'square': (lambda u, v: np.maximum(abs(u), abs(v)) < .8, 230),
+    'circle': (lambda u, v: u*u + v*v < 1, 40),
+    'stripe': (lambda u, v: np.sin(7*u) > 0, 130),
     'triangle': (lambda u, v: (v < .7) & (v > 2*abs(u) - 1), 180),
-    'cross':    (lambda u, v: (np.minimum(abs(u), abs(v)) < .3) & (np.maximum(abs(u), abs(v)) < 1), 90),
-    'ring':     (lambda u, v: abs(u*u + v*v - .7) < .3, 10)}
-_COLOURS = {'red': (220, 40, 40), 'green': (40, 170, 60), 'blue': (50, 80, 220), 'yellow': (235, 210, 40), 'purple': (150, 50, 170), 'orange': (240, 140, 30)}
+    'cross': (lambda u, v: (np.minimum(abs(u), abs(v)) < .3) & (np.maximum(abs(u), abs(v)) < 1), 90),
+    'ring': (lambda u, v: abs(u*u + v*v - .7) < .3, 10),
+}
+_COLOURS = {
+    'red': (220, 40, 40),
+    'green': (40, 170, 60),
+    'blue': (50, 80, 220),
+    'yellow': (235, 210, 40),
+    'purple': (150, 50, 170),
+    'orange': (240, 140, 30),
+}
 
 # %% ../../nbs/1_streams/01_tasks.ipynb #6996c87e
-def _shapes(rng, shape, classes, n):
-    "`n` images (n, 3, 32, 32) uint8 of one shape in the colours `classes`, and their labels, equally many of each"
+def _coordinates(rng, n):
+    "Of every pixel of `n` images, centred, turned and scaled: u and v, each (n, 32, 32)."
+    x0, y0 = rng.uniform(-5, 5, (2, n, 1, 1)) + 15.5
+    size = rng.uniform(7, 12, (n, 1, 1)) # pixels
+    a = rng.uniform(-.5, .5, (n, 1, 1)) # radians
+    y, x = np.mgrid[:32, :32]
+    u = ((x - x0)*np.cos(a) + (y - y0)*np.sin(a)) / size
+    v = ((y - y0)*np.cos(a) - (x - x0)*np.sin(a)) / size
+    return u, v
+
+def _draw_shape(rng, shape, classes, n):
+    "`n` images (n, 3, 32, 32) uint8 of one shape in the colours `classes`, and their labels, equally many of each."
     inside, grey = _SHAPES[shape]
     labels = rng.permutation(np.arange(n) % len(classes))
-    x0, y0 = rng.uniform(-5, 5, (2, n, 1, 1)) + 15.5
-    size, a = rng.uniform(7, 12, (n, 1, 1)), rng.uniform(-.5, .5, (n, 1, 1)) # pixels, radians
-    y, x = np.mgrid[:32, :32]
-    u, v = ((x - x0)*np.cos(a) + (y - y0)*np.sin(a))/size, ((y - y0)*np.cos(a) - (x - x0)*np.sin(a))/size # (n, 32, 32)
+    u, v = _coordinates(rng, n)
     colour = np.array([_COLOURS[c] for c in classes])[labels][:, :, None, None] # (n, 3, 1, 1)
     images = np.where(inside(u, v)[:, None], colour, grey) + rng.normal(0, 12, (n, 3, 32, 32))
     return images.clip(0, 255).astype('uint8'), labels
 
 def _toy_task(shape, classes, n_train, n_test, seed):
-    "The task of naming the colour of one shape"
-    train, test = (Images(*_shapes(np.random.default_rng([seed, list(_SHAPES).index(shape), split]), shape, classes, n)) for split, n in enumerate((n_train, n_test)))
-    return Task(f'{shape}s', tuple(f'{c} {shape}' for c in classes), ('a photo of a {}.', 'a drawing of a {}.'), train, test)
+    "The task of naming the colour of one shape."
+    def part(split, n):
+        rng = np.random.default_rng([seed, list(_SHAPES).index(shape), split])
+        return Images(*_draw_shape(rng, shape, classes, n))
+    names, templates = tuple(f'{c} {shape}' for c in classes), ('a photo of a {}.', 'a drawing of a {}.')
+    return Task(f'{shape}s', names, templates, train=part(0, n_train), test=part(1, n_test))
 
 # %% ../../nbs/1_streams/01_tasks.ipynb #63bd1cd8
 def toy_stream(
@@ -174,8 +221,10 @@ def toy_stream(
     n_test:int=24, # images per task
     seed:int=0, # decides every pixel
 )->Stream:
-    "A tiny synthetic stream, 32 x 32 pixels; ValueError if more tasks or classes are wanted than there are shapes or colours."
+    "A tiny synthetic stream, 32 x 32 pixels; ValueError for more tasks or classes than there are shapes or colours."
     for name, n, limit in (('n_tasks', n_tasks, len(_SHAPES)), ('n_classes', n_classes, len(_COLOURS))):
         if not 1 <= n <= limit: raise ValueError(f'{name} is {n}; toy_stream can draw 1 to {limit}')
-    classes = list(_COLOURS)[:n_classes]
-    return Stream('toy', tuple(_toy_task(s, classes, n_train, n_test, seed) for s in list(_SHAPES)[:n_tasks]), dict(data_seed=seed, n_tasks=n_tasks, n_classes=n_classes, n_train=n_train, n_test=n_test))
+    classes, shapes = list(_COLOURS)[:n_classes], list(_SHAPES)[:n_tasks]
+    tasks = tuple(_toy_task(s, classes, n_train, n_test, seed) for s in shapes)
+    info = dict(data_seed=seed, n_tasks=n_tasks, n_classes=n_classes, n_train=n_train, n_test=n_test)
+    return Stream('toy', tasks, info)
