@@ -15,8 +15,9 @@ from .learn.callbacks import FreezeMostUsed
 from .learn.evaluate import evaluate
 from .learn.loop import run
 from .learn.method import Method
-from .learn.results import Result, accuracy_matrix, load_result, save_result, summary
-from .learn.train import Train
+from .learn.results import Result, accuracy_matrix, summary
+from .learn.saved import load_result, save_result
+from .learn.settings import Train
 from .merge.rule import Merge
 from .run.share import load
 from .streams.datasets import mtil

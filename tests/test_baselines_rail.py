@@ -3,7 +3,7 @@
 
 import pytest, torch
 from torch.nn import functional as F
-from moe_merge_nb.learn.evaluate import View
+from moe_merge_nb.learn.views import View
 from moe_merge_nb.baselines.rail import Dual, Primal, Rail
 
 def clouds(n_tasks=3, n=40, d=6, classes=2, seed=0):

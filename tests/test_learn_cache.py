@@ -192,7 +192,7 @@ def test_another_model_gate_or_mixture_hits_nothing():
         m.moes[1].gate = lambda h: h.softmax(-1)
         c.look(m)
     def mix(m, c):
-        m.moes[1].mix = lambda x, route, experts: once(x, route, experts)
+        m.moes[1].mix = lambda x, route, experts: route_once(x, route, experts)
         c.look(m)
     assert again(gate) == again(mix) == 0
 

@@ -299,7 +299,7 @@ from moe_merge_nb.learn.loop import run
 from moe_merge_nb.learn.method import Method
 from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.streams.tasks import toy_stream
-from moe_merge_nb.learn.train import Train
+from moe_merge_nb.learn.settings import Train
 train = Train(iterations=10, batch=8, lr=1e-2, warmup=2)
 experts, selectors = dict(n_experts=6, rank=4, dropout=0.), ('oracle', 'gaussian')
 method = Method('moe_merge', experts=experts, train=train, merge=Merge(every=4), selectors=selectors)

@@ -5,7 +5,32 @@ import pytest, torch
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import read
+from moe_merge_nb.layer.kinds import Experts
+from moe_merge_nb.layer.moe import MoE, mixture
 from moe_merge_nb.rewrites.bank import *
+
+
+def test_columns_that_share_an_expert_and_a_column_that_is_closed():
+    from dataclasses import replace
+    torch.manual_seed(0)
+    moe = MoE('image', 0, 8, Experts(3, 3)).eval()
+    moe.add_task()
+    for p in moe.parameters(): torch.nn.init.normal_(p)
+    x, seen = torch.randn(64, 4, 8), []
+    mixture(moe, x, 0, seen.append)
+    shares = torch.tensor([[1., 0, 0], [1, 0, 0], [0, 0, 0]])
+    other = layer(replace(bank(moe), column_to_expert=shares, always_on=torch.tensor([0, 0, .5])))
+    y = mixture(other, x, 0, seen.append)
+    assert (seen[0].gates[:, 2] > 0).any() and not seen[1].gates[:, 2].any()
+    torch.testing.assert_close(y, moe.experts[0](x) + .5 * moe.experts[2](x))
+    with pytest.raises(ValueError, match='learns no further tasks'): other.add_task()
+
+
+def test_other_kinds_are_refused_by_name():
+    for kinds, said in ((dict(expert='gelu'), "experts.expert='gelu'"), (dict(router='mlp'), "experts.router='mlp'")):
+        moe = MoE('image', 0, 8, Experts(3, 3, **kinds))
+        moe.add_task()
+        with pytest.raises(ValueError, match=said + '.*relu.*noisy'): bank(moe)
 
 
 def test_out_and_back_changes_nothing():
@@ -21,7 +46,7 @@ def test_out_and_back_changes_nothing():
         torch.testing.assert_close(again.encode_text(tokens, task), small.encode_text(tokens, task))
     compressed = with_banks(small, [replace(b, stored=3) for b in banks(small)])
     assert n_expert_parameters(banks(compressed)) == 3 * len(small.moes)
-    assert again.clip is small.clip and small.moes[0].place is None
+    assert again.clip is small.clip and type(small.moes[0]) is MoE
     for name, t in read(small.moes[0].base).items(): assert torch.equal(read(again.moes[0].base)[name], t)
 
 

@@ -11,24 +11,33 @@ def test_the_arguments_are_read_back_from_the_model():
     for options in (
         dict(n_experts=3, rank=5, top_k=1, scale=0.7, dropout=0., shared_init=True),
         dict(n_experts=4, rank=2, gate='top_p', top_p=0.6),
+        dict(n_experts=4, rank=2, expert='norm', router='mlp', options=dict(router=dict(hidden=7)), shared_blocks=1),
     ):
         config = experts_config(AdaptedCLIP(pico(), **options))
         assert options.items() <= config.items()
         assert experts_config(AdaptedCLIP(pico(), **config)) == config
 
 
-def test_a_function_of_the_user_cannot_be_saved():
-    mine = lambda h: h.softmax(-1)
-    for options in (dict(gate=mine), dict(mix=lambda x, route, experts: x)):
+def test_what_cannot_be_written_down_is_not_saved():
+    for options in (dict(gate=lambda h: h.softmax(-1)), dict(mix=lambda x, route, experts: x)):
         model = AdaptedCLIP(pico(), n_experts=2, top_k=1, rank=2, **options)
-        with pytest.raises(ValueError, match='image block 0 .* a function cannot be saved'): experts_config(model)
+        with pytest.raises(ValueError, match='experts.(gate|mix) is .*a function cannot be saved'): experts_config(model)
     with pytest.raises(ValueError, match='nothing to save'): experts_config(AdaptedCLIP(pico(), n_experts=0))
+
+
+def test_a_layer_that_was_changed_afterwards_is_refused_by_name():
     odd = AdaptedCLIP(pico(), n_experts=4, rank=2)
     odd.moes[3].experts[1] = torch.nn.Identity()
-    with pytest.raises(ValueError, match='image block 3 has a Identity'): experts_config(odd)
+    with pytest.raises(ValueError, match='image block 3 has a Expert, not only|image block 3 has a Identity'): experts_config(odd)
     other = AdaptedCLIP(pico(), n_experts=4, rank=2)
     other.moes[5].gate = AdaptedCLIP(pico(), n_experts=4, rank=2, top_k=1).moes[0].gate
-    with pytest.raises(ValueError, match='text block 1 .* alike in all blocks'): experts_config(other)
+    with pytest.raises(ValueError, match="text block 1 has another gate than experts.gate='top_k'"): experts_config(other)
+
+
+def test_a_function_that_can_be_imported_is_saved_by_its_name():
+    softmax = experts_config(AdaptedCLIP(pico(), n_experts=2, rank=2, gate=torch.nn.functional.softmax))
+    assert softmax['gate'] == 'torch.nn.functional.softmax'
+    assert own_parts(softmax).keys() == {'experts.gate'}
 
 
 def test_an_architecture_comes_back_from_its_description():

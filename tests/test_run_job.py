@@ -20,6 +20,17 @@ def test_the_published_number_of_parameters():
     assert found['selector oracle'] == 0 < found['selector gaussian']
 
 
+def test_what_is_in_no_dictionary_is_found_where_python_finds_it():
+    own = ('stream=moe_merge_nb.streams.tasks.toy_stream', 'method=moe_merge_nb.baselines.methods.a_method_of_ones_own',
+           'data_seed=3')
+    from unittest.mock import patch
+    from moe_merge_nb.baselines import methods
+    mine = replace(METHODS['moe_merge'], name='mine', merge=replace(METHODS['moe_merge'].merge, every=7))
+    with patch.object(methods, 'a_method_of_ones_own', mine, create=True):
+        cfg = composed(*own)
+        assert made(cfg.stream).info['data_seed'] == 3 and method_of(cfg).merge.every == 7 and method_of(cfg).name == 'mine'
+
+
 tiny = (
     'stream=toy',
     'stream.n_tasks=2',
@@ -33,7 +44,7 @@ tiny = (
 
 def test_options_reach_the_fields_they_name():
     m = method_of(composed('method=moe_merge', 'merge.every=40', 'experts.rank=8', 'freeze.n=3', 'selectors=[oracle]'))
-    assert m.merge.every == 40 and m.experts['rank'] == 8 and m.freeze.n == 3
+    assert m.merge.every == 40 and m.experts.rank == 8 and m.freeze.n == 3
     assert m.selectors == ('oracle',) and m.name == 'moe_merge'
 
 
@@ -42,14 +53,14 @@ def test_settings_follow_the_stream_and_the_shots_unless_given():
     assert m.train.iterations == 500 and m.train.lr_of('MNIST') == 5e-5 and m.train.workers == 0
     assert m.baseline.every == 100 and m.baseline.weight == 3
     assert method_of(composed('method=zscl')).baseline.every == 15
-    assert method_of(composed('stream=mtil', 'experts.rank=8')).experts == {**METHODS['moe'].experts, 'rank': 8}
+    assert method_of(composed('stream=mtil', 'experts.rank=8')).experts == replace(METHODS['moe'].experts, rank=8)
 
 
 def test_a_change_sets_the_fields_it_names():
     cfg = composed('method=moe_merge', 'change=protect')
     assert cfg.change == 'protect' and method_of(cfg).merge == replace(METHODS['moe_merge'].merge, protect=True)
     assert method_of(composed('method=moe', 'change=freeze_bug')).freeze.freeze_bug
-    assert method_of(composed('method=moe', 'change=top1')).experts['top_k'] == 1
+    assert method_of(composed('method=moe', 'change=top1')).experts.top_k == 1
     warm = 'merging_unfrozen', 'start_copy', 'start_pairs', 'start_fresh'
     for name, settings in CHANGES.items(): # each can be made by the method it is for
         base = 'moe_warm' if name in warm else 'moe_merge'

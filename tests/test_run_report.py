@@ -6,7 +6,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from moe_merge_nb.run.report import *
-from moe_merge_nb.learn.results import example_result, save_result
+from moe_merge_nb.learn.results import example_result
+from moe_merge_nb.learn.saved import save_result
 
 
 def test_every_figure_notebook_takes_the_reports_runs_once():

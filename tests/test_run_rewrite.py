@@ -5,11 +5,6 @@ import pytest, torch
 from moe_merge_nb.run.rewrite import *
 
 
-def test_unknown_rules_are_refused():
-    for bad in ('no_such', 'torch.nan', 'moe_merge_nb.rewrites.group.no_such', 3):
-        with pytest.raises(ValueError, match='rewrite is'): rule_of(bad)
-
-
 def test_a_run_is_made_smaller_and_saved():
     import tempfile
     from moe_merge_nb.run.job import job

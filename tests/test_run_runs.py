@@ -4,7 +4,8 @@
 import contextlib, io, pytest
 from tempfile import TemporaryDirectory
 from moe_merge_nb.run.runs import *
-from moe_merge_nb.learn.results import example_result, save_result
+from moe_merge_nb.learn.results import example_result
+from moe_merge_nb.learn.saved import save_result
 
 
 def test_runs_with_different_settings_are_different_methods_and_seeds_are_not():

@@ -124,7 +124,10 @@ def test_a_header_is_refused_before_anything_is_built_from_it():
         unknown = 'has an entry of unknown use:'
         refused(f"text_cfg {unknown} 'hf_model_name'", **inside('text_cfg', hf_model_name='somebody/model'))
         refused(f"vision_cfg {unknown} 'timm_model_name'", **inside('vision_cfg', timm_model_name='vit'))
-        refused(f"experts {unknown} 'mix'", experts={**header['experts'], 'mix': 'os.system'})
+        refused(f"experts {unknown} 'size'", experts={**header['experts'], 'size': 3})
+        for kind in ('expert', 'router', 'gate', 'mix'):
+            refused('names parts that are not of this package .os.system.', experts={**header['experts'], kind: 'os.system'})
+        refused('experts.options has 1000000000000', experts={**header['experts'], 'options': dict(router=dict(hidden=10**12))})
         refused('of another shape: text_projection', **other(embed_dim=10**9))
         refused('layers is 1000000000, but', **inside('text_cfg', layers=10**9))
         refused('n_tasks is 1000000000', n_tasks=10**9)
@@ -172,8 +175,10 @@ def test_the_backbone_can_travel_along():
 
 def test_a_run_directory_is_read():
     from moe_merge_nb.learn.method import Method
-    from moe_merge_nb.learn.loop import describe, finished
-    from moe_merge_nb.learn.results import Result, save_result
+    from moe_merge_nb.learn.method import describe
+    from moe_merge_nb.learn.state import finished
+    from moe_merge_nb.learn.results import Result
+    from moe_merge_nb.learn.saved import save_result
     stream, experts = toy_stream(n_tasks=3), dict(n_experts=4, rank=2, top_k=1)
     with TemporaryDirectory() as d:
         d, model = Path(d), trained(tasks=2, **experts) # the run stopped after two of three tasks
@@ -193,8 +198,8 @@ def test_a_run_directory_is_read():
         sums.unlink() # a run of an earlier version
         for change, message in (
             (None, 'a run without adapters'),
-            ({**experts, 'mix': '<function f>'}, 'mixing function'),
-            ({**experts, 'gate': '<function f>'}, 'gate is'),
+            ({**experts, 'mix': '<function f>'}, 'not of this package'),
+            ({**experts, 'gate': '<function f>'}, 'not of this package'),
         ):
             (d/'config.json').write_text(json.dumps({**config, 'experts': change}))
             with pytest.raises(ValueError, match=message): load(d)
@@ -234,5 +239,7 @@ def test_push_to_hub_uploads_what_from_pretrained_reads():
 
 def test_a_task_more_costs_under_3_MB():
     from moe_merge_nb.layer.adapt import n_adapter_parameters
-    one, two = (n_adapter_parameters([768]*12 + [512]*12, 22, 64, t) for t in (1, 2))
+    from moe_merge_nb.layer.kinds import Experts
+    blocks = [('image', i, 768) for i in range(12)] + [('text', i, 512) for i in range(12)]
+    one, two = (n_adapter_parameters(blocks, Experts(), t) for t in (1, 2))
     assert 0 < 4e-6*(two['routers'] - one['routers']) < 3 and one['experts'] == two['experts'] == 43_625_472

@@ -106,7 +106,7 @@ def test_fitting_another_task_never_sees_test_or_other_tasks_images():
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(ValueError, match="choose one of .'oracle'"): make_selector('gauss')
+    with pytest.raises(ValueError, match="selector is 'gauss': choose one of oracle, none"): make_selector('gauss')
     with pytest.raises(ValueError, match="no option 'shrink'.*shrinkage"): make_selector('gaussian', shrink=.1)
     with pytest.raises(ValueError, match='quantile=98'): make_selector('autoencoder', quantile=98)
     with pytest.raises(ValueError, match='2 training images'): make_selector('gaussian').fit(torch.zeros(2, 6))

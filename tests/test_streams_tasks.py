@@ -75,3 +75,8 @@ def test_a_seed_gives_the_same_toy_stream_and_another_seed_another():
         assert ta.train.labels.bincount().tolist() == [16, 16, 16] and ta.test.labels.bincount().tolist() == [8, 8, 8]
     with pytest.raises(ValueError, match='n_tasks is 7'): toy_stream(n_tasks=7)
     assert len(toy_stream(n_tasks=6, n_classes=6)) == 6
+
+
+def test_every_name_stands_for_a_function():
+    from moe_merge_nb.safe.doors import resolve
+    for name in STREAMS: assert resolve(name, STREAMS, 'stream').__module__.startswith('moe_merge_nb.streams')

@@ -3,7 +3,8 @@
 
 import pytest, tempfile
 from dataclasses import asdict
-from moe_merge_nb.learn.results import example_result, pack, unpack
+from moe_merge_nb.learn.results import example_result
+from moe_merge_nb.learn.pack import pack, unpack
 from moe_merge_nb.baselines.methods import METHODS
 from moe_merge_nb.study.changes import change_of, defaults_of
 

@@ -7,7 +7,7 @@ from moe_merge_nb.study.tables import paired_difference, per_task, plot_paired, 
 
 
 def test_standard_error_is_over_seeds():
-    from moe_merge_nb.learn.evaluate import mtil_metrics
+    from moe_merge_nb.learn.metrics import mtil_metrics
     runs = [example_result('moe', seed) for seed in range(3)]
     last = [mtil_metrics(accuracy_matrix(r, 'oracle')).last for r in runs]
     s = statistics(runs).loc[('moe', 'oracle'), 'Last']

@@ -18,7 +18,9 @@ from ..safe.checkpoint import fill
 from ..safe.devices import split_batches
 from .lwf import check_numbers, distil, features, frozen_copy
 from ..streams.tasks import Task, prompts
-from ..learn.train import Callback, Learner, Train, class_logits
+from ..learn.learner import Callback, Learner
+from ..learn.settings import Train
+from ..learn.train import class_logits
 
 # %% ../../nbs/7_baselines/04_icarl.ipynb #528e448f
 def herding(

@@ -19,7 +19,7 @@ from .zscl import ZSCL
 from ..layer.kinds import Experts
 from ..learn.callbacks import FreezeMostUsed
 from ..learn.method import Method
-from ..learn.train import Train
+from ..learn.settings import Train
 from ..merge.rule import Merge
 
 # %% ../../nbs/7_baselines/06_methods.ipynb #0acd2f77

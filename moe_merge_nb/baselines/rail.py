@@ -11,8 +11,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from ..learn.evaluate import View
-from ..learn.train import Train
+from ..learn.views import View
+from ..learn.settings import Train
 from ..streams.tasks import Task
 
 # %% ../../nbs/7_baselines/05_rail.ipynb #ad2375dd

@@ -18,12 +18,15 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 from torch.nn import functional as F
 from ..clip.encode import encode_text
-from ..streams.draw import BACKGROUNDS, glyph, pictures
+from ..streams.scenes import BACKGROUNDS
+from ..streams.draw import glyph, pictures
 from ..streams.images import open_image, test_transform
 from .lwf import check_numbers, distil, features
 from ..streams.mini import DOMAINS
 from ..streams.tasks import Images, Task, normalise
-from ..learn.train import Callback, Learner, Train, autocast, class_logits
+from ..learn.learner import Callback, Learner, autocast
+from ..learn.settings import Train
+from ..learn.train import class_logits
 
 # %% ../../nbs/7_baselines/03_zscl.ipynb #9c1912f9
 _BLOCKS = range(0x2600, 0x27c0), range(0x1f300, 0x1f650), range(0x1f680, 0x1f6d3) # named in every Python from 3.10 on

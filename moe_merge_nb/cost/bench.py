@@ -26,7 +26,7 @@ from ..clip.backbone import load_clip, towers
 from .compare import ALLOWED, JOBS, agreed, agreement, make_case, mode, pairs, randomise, whole
 from ..clip.encode import block
 from ..safe.files import write_text
-from ..learn.loop import provenance
+from ..safe.provenance import provenance
 from .memory import peak_bytes
 from ..layer.moe import MoE, mixture
 from .plain import PlainMoE, plain_block

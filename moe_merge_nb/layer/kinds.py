@@ -89,8 +89,10 @@ def make_router(
 
 def make_gate(settings:Experts)->Callable[[Tensor], Tensor]: # logits (batch, experts) -> gates (batch, experts)
     "The gate with its numbers."
-    gate = settings.part('gate')
-    given = {**accepted(gate, dict(k=settings.top_k, p=settings.top_p)), **settings.options.get('gate', {})}
+    gate, own = settings.part('gate'), settings.options.get('gate', {})
+    offered = accepted(gate, dict(k=settings.top_k, p=settings.top_p))
+    bound = getattr(gate, 'keywords', {})                           # what a partial function has decided already
+    given = {**{name: value for name, value in offered.items() if name not in bound}, **own}
     return partial(gate, **given) if given else gate
 
 def make_mix(settings:Experts)->Mix:

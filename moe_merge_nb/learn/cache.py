@@ -75,7 +75,7 @@ class Uses:
         for m in model.moes:
             if m.tower != tower: continue
             everything = torch.ones(n, len(m.experts), dtype=torch.bool)
-            used.append(reduce(or_, self.gates[m.block]).expand(n, -1) if m.mix is once else everything)
+            used.append(reduce(or_, self.gates[m.block]).expand(n, -1) if m.mix is route_once else everything)
         return torch.cat(used, dim=1)
 
 # %% ../../nbs/6_learn/04_cache.ipynb #df38daca

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from ..layer.moe import Routing
-from .train import Callback, Learner
+from .learner import Callback, Learner
 from ..merge.freeze import close_routers, freeze_most_used, freeze_open
 from ..merge.rule import Merge, merge_iterations, merge_once
 from ..merge.start import start_merged

@@ -19,21 +19,23 @@ from torch import nn
 from tqdm.auto import tqdm
 from ..clip.backbone import load_clip
 from .cache import Cache, digest
-from .evaluate import STRATEGIES, Evaluation, evaluate, row_name
+from .views import STRATEGIES, row_name
+from .evaluate import Evaluation, evaluate
 from .features import class_embeddings
-from .method import Method, check, check_images, check_words, describe
+from .method import Method, check, check_images, check_importable, check_words, describe
 from .recover import SaveMiddle, continue_from, recovered, save_point
 from .results import Result
 
 # %% ../../nbs/6_learn/10_loop.ipynb #65173a3e
 from .sanity import check_counts, check_matrix, check_weights
 from .state import Run, finished, start
-from .train import Callback, Learner, train_task
+from .learner import Callback, Learner
+from .train import train_task
 from ..merge.usage import usage_rows
 from ..safe.devices import alone, peak_memory
 from ..safe.provenance import config_hash, provenance
-from ..select.accept import Fitted
-from ..select.select import dataset_features
+from ..safe.doors import resolve
+from ..select.select import Oracle, dataset_features
 from ..streams.tasks import Stream, Task
 
 # %% ../../nbs/6_learn/10_loop.ipynb #827df558
@@ -44,7 +46,7 @@ def learn(
     "Teach the next task; what that left, None if the method trains nothing."
     if r.tuned is None: return None
     if r.snapshot and 'trained' in r.snapshot: return r.snapshot['trained']
-    if r.model.moes and not r.snapshot: r.model.add_task()
+    if r.model.moes and not r.snapshot: r.model.add_task(seed=1000*r.seed + r.done)
     device, saving = r.accelerator.device, SaveMiddle(r)
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     learner = train_task(
@@ -80,7 +82,7 @@ def fit(
     "Tell selectors and head of the next task."
     if not (r.model.moes or r.head): return
     features = labels = texts = None
-    if r.head or any(isinstance(s, Fitted) for s in r.selectors.values()):
+    if r.head or not all(isinstance(s, Oracle) for s in r.selectors.values()):
         features, labels = dataset_features(
             r.clip, task.calibration, num_workers=workers, accelerator=r.accelerator)
         texts = class_embeddings(r.model, r.tokenizer, task).cpu()
@@ -94,7 +96,7 @@ def evaluate_all(
 )->Evaluation:
     "Fit to `task`, then evaluate all tasks."
     workers, spaces = r.method.train.workers, r.method.classes
-    predict = r.head.predict if r.head else STRATEGIES[r.method.predict]
+    predict = r.head.predict if r.head else resolve(r.method.predict, STRATEGIES, 'predict')
     with r.stop.now():
         fit(r, task, workers)
         evaluation = evaluate(
@@ -232,6 +234,7 @@ def run(
     check_images(stream, clip)
     check_words(stream, tokenizer)
     check(method, stream, accelerator)
+    if directory: check_importable(method)
     plan, made = planned(describe(stream, method, seed), clip, config or {}, accelerator)
     kept = dict(plan=plan, directory=directory, save_every=save_every, progress=progress)
     kept['cache'] = Cache(0 if method.tune == 'backbone' else cache_mb)  # a backbone that changes leaves nothing true

@@ -16,8 +16,9 @@ from torch import nn
 from ..layer.adapt import AdaptedCLIP
 from ..layer.kinds import KINDS, Experts, make_router, try_out
 from .callbacks import FreezeMostUsed, MergeMostUsed
-from .evaluate import STRATEGIES, check_classes
-from .train import Callback, Train
+from .views import STRATEGIES, check_classes
+from .learner import Callback
+from .settings import Train
 from ..merge.combine import COMBINE
 from ..merge.rule import STARTS, Merge, check_rule, merge_iterations
 from ..safe.devices import split_batches

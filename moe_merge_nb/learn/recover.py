@@ -14,9 +14,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 from accelerate import Accelerator
-from .results import Result, load_result, save_result
+from .results import Result
+from .saved import load_result, save_result
 from .state import Run, finished, restore, state
-from .train import Callback, Learner, snapshot
+from .learner import Callback, Learner
+from .train import snapshot
 from ..safe.checkpoint import other, read_newest, remove, write_newest
 from ..safe.devices import alone
 from ..safe.guard import locked
@@ -95,7 +97,7 @@ def save_middle(
 class NotThisRun(ValueError):
     "A run directory holds something that this run cannot go on from."
 
-LATER = dict(classes=['task']) # settings that older runs have not written down, and what they did
+LATER = dict(classes=['task'], sources={}) # settings that older runs have not written down, and what they did
 
 def belongs(
     there:dict, # the settings of what is there

@@ -20,7 +20,7 @@ from .learner import Learner
 def selections(moe:MoE)->int|None: # None: it cannot be known
     "How many experts every sequence selects."
     gate = moe.gate
-    known = isinstance(gate, partial) and gate.func is top_k_gates and moe.mix is once
+    known = isinstance(gate, partial) and gate.func is top_k_gates and moe.mix is route_once
     return gate.keywords['k'] if known else None
 
 def check_counts(learner:Learner):

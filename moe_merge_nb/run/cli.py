@@ -35,7 +35,7 @@ def tidy(directory:str)->None:
 def main()->None:
     "Entry point of `moe-merge`; its arguments are Hydra's. Functions of your own are found in the working directory."
     sys.path.insert(0, os.getcwd())
-    configure()
+    configure(sys.argv[1:])
     return hydra_main(config_name='moe_merge', config_path=None, version_base='1.3')(command)()
 
 # %% ../../nbs/run/02_cli.ipynb #02bae97b

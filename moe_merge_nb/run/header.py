@@ -16,9 +16,10 @@ from safetensors import safe_open, SafetensorError
 from torch import Tensor
 from ..layer.adapt import AdaptedCLIP
 from ..clip.backbone import load_clip
-from .describe import Words, clip_config, clip_from, experts_config, sha256, words
+from .describe import Words, clip_config, clip_from, experts_config, own_parts, sha256, words
 from ..safe.checkpoint import check_fit, checksum
-from ..learn.results import intact, sums_of
+from ..safe.doors import sources
+from ..learn.saved import intact, sums_of
 from ..streams.tasks import Task
 
 # %% ../../nbs/run/11_header.ipynb #1c9c70a3
@@ -52,6 +53,7 @@ def header_of(
         version=2,
         package=version('moe_merge_nb'),
         experts=experts_config(model),
+        sources=sources(own_parts(experts_config(model))),
         n_tasks=model.n_tasks,
         backbone=backbone,
         tasks=tasks,
@@ -102,7 +104,11 @@ ENTRIES = {
         shared_init=(bool,),
         gate=_TEXT,
         top_p=_NUMBER,
-        shared_blocks=_WHOLE),
+        shared_blocks=_WHOLE,
+        expert=_TEXT,
+        router=_TEXT,
+        mix=_TEXT,
+        options=_DICT),
     'backbone': dict.fromkeys(('name', 'pretrained', 'sha256'), (str, _MAYBE)) | dict(config=(dict, _MAYBE)),
     'task': dict(name=_TEXT, classes=(list, _MAYBE), templates=(list, _MAYBE))}
 
@@ -165,6 +171,9 @@ def _check_sizes(header, tensors):
     ):
         if 0 <= n <= most: continue
         raise ValueError(f'{name} is {n}, which does not fit the {len(tensors)} tensors in the file')
+    numbers = [x for options in experts.get('options', {}).values() for x in dict(options).values()]
+    odd = [x for x in numbers if not _is_of(x, (int, float, bool, str)) or type(x) is int and x > widest]
+    if odd: raise ValueError(f'experts.options has {odd[0]!r}, which does not fit the tensors in the file')
     n_words = len(header['tasks'])
     if n_words and n_words != n_tasks: raise ValueError(f'it has words for {n_words} tasks and routers for {n_tasks}')
 
@@ -215,9 +224,6 @@ def _experts_of_run(directory, config):
     experts = config.get('experts')
     if not isinstance(experts, dict):
         raise ValueError(f'{directory} holds a run without adapters (experts: {experts!r})')
-    if 'mix' in experts:
-        raise ValueError(f'{directory} was made with a mixing function, {experts["mix"]!r}: '
-                         f'build AdaptedCLIP with it and load {FILE} into model.moes')
     return experts
 
 # %% ../../nbs/run/11_header.ipynb #3aac0fbd
@@ -235,12 +241,15 @@ def header_of_run(
     if (directory/FILE).is_file():
         try: intact(directory/FILE, sums)
         except ValueError as e: raise ValueError(f'{directory/FILE}: {e}') from e
-    n_tasks = sum(name.startswith('0.routers.') and name.endswith('.gate') for name in tensors)
+    tasks = config.get('tasks', [])
+    routers = {name.split('.')[2] for name in tensors if name.startswith('0.routers.')}
+    n_tasks = len(routers) if routers else len(tasks) # there are routers without tensors
     return dict(
         version=1,
         package=config.get('version'),
         experts=experts,
+        sources=config.get('sources', {}),
         n_tasks=n_tasks,
         backbone=dict(name=config.get('model', 'pico'), pretrained=config.get('pretrained'), sha256=None, config=None),
-        tasks=[dict(name=name) for name in config.get('tasks', ())[:n_tasks]],
+        tasks=[dict(name=name) for name in tasks[:n_tasks]],
         provenance=config)

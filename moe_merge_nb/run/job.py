@@ -14,16 +14,16 @@ from hydra.errors import HydraException
 from hydra_zen import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
-from ..layer.adapt import n_adapter_parameters
-from ..clip.backbone import towers
+from ..layer.adapt import n_adapter_parameters, widths
 from ..safe.guard import InUse
 from ..safe.settings import must_be
 from ..learn.loop import run
 from ..learn.method import Method, check, check_images, check_words, describe
 from ..learn.results import Result
-from ..select.select import selector_parameters
-from ..learn.state import NotThisRun, complete
-from ..streams.tasks import Stream
+from ..select.select import SELECTORS, selector_parameters
+from ..learn.recover import NotThisRun, finished_result
+from .config import stream_function
+from ..streams.tasks import STREAMS, Stream
 
 # %% ../../nbs/run/04_job.ipynb #b8b43ea2
 class UsageError(Exception):
@@ -57,21 +57,11 @@ def method_of(cfg:DictConfig)->Method:
     "The method that `cfg` describes."
     _check_shapes(cfg)
     try:
-        values = {n: made(cfg[n]) for n in _names(Method)}
+        values = {n: made(cfg[n]) for n in [f.name for f in fields(Method)]}
         return Method(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
     except (ValueError, TypeError) as e: raise UsageError(str(e)) from None
 
 # %% ../../nbs/run/04_job.ipynb #c45493fc
-def _adapter_parameters(e, clip, n_tasks):
-    "Of experts and routers; the first blocks may have one expert each"
-    shared = e.get('shared_blocks', 0)
-    widths = [[b.ln_2.normalized_shape[0] for b in blocks] for blocks in towers(clip).values()]
-    one = [w for tower in widths for w in tower[:shared]]
-    many = [w for tower in widths for w in tower[shared:]]
-    few = n_adapter_parameters(one, 1, e['rank'], n_tasks)
-    most = n_adapter_parameters(many, e['n_experts'], e['rank'], n_tasks)
-    return {k: few[k] + most[k] for k in most}
-
 def parameters(
     method:Method,
     clip:torch.nn.Module,
@@ -83,8 +73,9 @@ def parameters(
     if not method.experts: return {}
     n_features = clip.visual.output_dim + 2 * clip.visual.transformer.width
     n_classes = [len(t.classes) for t in stream]
-    fitted = {f'selector {s}': selector_parameters(s, n_features, n_classes) for s in method.selectors}
-    return _adapter_parameters(method.experts, clip, len(stream)) | fitted
+    known = [s for s in method.selectors if s in SELECTORS]
+    fitted = {f'selector {s}': selector_parameters(s, n_features, n_classes) for s in known}
+    return n_adapter_parameters(widths(clip), method.experts, len(stream)) | fitted
 
 # %% ../../nbs/run/04_job.ipynb #cf2425e7
 def _seed(v): return type(v) is int and 0 <= v < 2**40
@@ -133,9 +124,16 @@ def saved(
     config:dict,
 )->Result|None:
     "The finished run of exactly this configuration in `directory`; UsageError if another run is there."
-    try: return complete(directory, json.loads(json.dumps(config, default=str)))
+    try: return finished_result(directory, json.loads(json.dumps(config, default=str)))
     except NotThisRun as e:
         raise UsageError(f'{e}: hydra.run.dir=FOLDER (in a sweep: hydra.sweep.dir=FOLDER)') from None
+
+# %% ../../nbs/run/04_job.ipynb #092a78eb
+def _stream_from(cfg):
+    "Which function of one's own made the stream, for whoever makes it again"
+    name = cfg.stream['_target_']
+    ours = name in [f'{f.__module__}.{f.__qualname__}' for f in map(stream_function, STREAMS)]
+    return {} if ours else dict(stream_from=name)
 
 # %% ../../nbs/run/04_job.ipynb #98875a84
 def job(
@@ -147,7 +145,7 @@ def job(
     check_numbers(cfg)
     method, stream = method_of(cfg), made(cfg.stream)
     model = OmegaConf.to_container(cfg.model, resolve=True)
-    config = dict(model=model['name'], pretrained=model['pretrained'])
+    config = dict(model=model['name'], pretrained=model['pretrained'], **_stream_from(cfg))
     found = saved(directory, {**describe(stream, method, cfg.seed), **config}) if directory else None
     if found: return found
     torch.set_num_threads(cfg.threads)

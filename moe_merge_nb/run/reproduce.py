@@ -8,9 +8,9 @@ __all__ = ['PARTS', 'stream_of', 'method_of', 'again']
 # %% ../../nbs/run/09_reproduce.ipynb #08b82a5b
 import inspect
 from ..clip.backbone import load_clip
+from ..layer.kinds import Experts
 from ..learn.callbacks import FreezeMostUsed
-from .config import GIVEN
-from ..streams.tasks import STREAMS
+from .config import given, stream_function
 from ..baselines.icarl import ICaRL
 from ..learn.loop import run
 from ..baselines.lwf import LwF
@@ -31,11 +31,9 @@ def stream_of(
     **where, # arguments that no result holds, such as `root`
 )->Stream:
     "The stream of a result; ValueError for one that is not ours."
-    name = config['stream']
-    if name not in STREAMS:
-        raise ValueError(f'stream is {name!r}: only {list(STREAMS)} can be made from a configuration')
-    make, given = STREAMS[name], GIVEN[name]
-    options = {p: given[p][0] if p in given else p for p in inspect.signature(make).parameters}
+    name = config.get('stream_from', config['stream'])
+    make, offered = stream_function(name), given(name)
+    options = {p: offered[p][0] if p in offered else p for p in inspect.signature(make).parameters}
     known = {p: config[option] for p, option in options.items() if option in config}
     return make(**known | where)
 
@@ -50,7 +48,7 @@ def method_of(config:dict)->Method:
     return Method(
         config['method'],
         tune=config['tune'],
-        experts=config['experts'],
+        experts=config['experts'] and Experts(**config['experts']),
         train=Train(**{**train, 'betas': tuple(train['betas'])}),
         freeze=config['freeze'] and FreezeMostUsed(**config['freeze']),
         merge=config['merge'] and Merge(**config['merge']),

@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from ..study.measured import ordered
-from ..learn.results import RUN, Result, load_result, load_results, selectors
+from ..learn.pack import RUN, load_results
+from ..learn.results import Result, selectors
+from ..learn.saved import load_result
 
 # %% ../../nbs/run/06_runs.ipynb #801f71e9
 SAME = { # entries of a run's configuration that make no other method

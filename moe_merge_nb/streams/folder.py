@@ -18,7 +18,8 @@ import platformdirs
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from .images import few_shot, open_image, test_transform, train_transform, write_json
+from .images import few_shot, open_image, test_transform, train_transform
+from ..safe.files import write_json
 from .tasks import Stream, Task
 
 # %% ../../nbs/1_streams/07_folder.ipynb #2058eee5

@@ -18,7 +18,8 @@ import pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import f as fisher, nct, norm, t as student
 from .plots import METHOD_COLOURS, OTHER, on_axes, plain
-from ..learn.results import PAIR, Result, accuracy_matrix, load_results, summary
+from ..learn.results import PAIR, Result, accuracy_matrix, summary
+from ..learn.pack import load_results
 from .tables import METRICS
 
 # %% ../../nbs/11_study/03_study.ipynb #8c471763

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from ..learn.evaluate import mtil_metrics
-from ..learn.results import PAIR, Result, accuracy_matrix, field_of, load_results, selectors, summary
+from ..learn.metrics import mtil_metrics
+from ..learn.results import PAIR, Result, accuracy_matrix, field_of, selectors, summary
+from ..learn.pack import load_results
 from .plots import METHOD_COLOURS, OTHER, on_axes, plain
 
 # %% ../../nbs/11_study/02_tables.ipynb #82036083
