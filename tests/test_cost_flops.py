@@ -6,6 +6,7 @@ import open_clip, pytest, torch
 import pandas as pd
 from torch import nn
 from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.adapt import *
 from moe_merge_nb.clip.backbone import *
 from moe_merge_nb.cost.flops import *

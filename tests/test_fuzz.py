@@ -28,9 +28,10 @@ from torch import Tensor
 from moe_merge_nb.baselines.zscl import from_folder
 from moe_merge_nb.clip.backbone import read_weights, write_weights
 from moe_merge_nb.layer.adapt import AdaptedCLIP, check_sizes
-from moe_merge_nb.learn.results import (
-    SUMS, TABLES, example_result, load_result, load_results, pack, save_result, summary, unpack)
-from moe_merge_nb.learn.train import Train
+from moe_merge_nb.learn.saved import SUMS, load_result, save_result
+from moe_merge_nb.learn.results import TABLES, example_result, summary
+from moe_merge_nb.learn.pack import load_results, pack, unpack
+from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.run import cli, released, share
 from moe_merge_nb.safe.checkpoint import FORMAT, checksum, read_tree, write_tree

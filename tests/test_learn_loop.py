@@ -8,7 +8,11 @@ from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import *
 from moe_merge_nb.merge.combine import *
 from moe_merge_nb.merge.align import *
+from moe_merge_nb.layer.experts import *
+from moe_merge_nb.merge.combine import *
+from moe_merge_nb.merge.align import *
 from moe_merge_nb.merge.rule import *
+from moe_merge_nb.merge.start import *
 from moe_merge_nb.merge.start import *
 from moe_merge_nb.learn.train import *
 from moe_merge_nb.learn.evaluate import *

@@ -15,7 +15,7 @@ from ..layer.experts import State
 from ..merge.combine import Combine, mean
 from ..merge.align import align
 from ..layer.experts import balance
-from .bank import Bank, bind, close, with_banks, banks
+from .bank import Bank, Rewritten, banks, bind, close, with_banks
 from .statistics import Statistics, routing_similarity
 
 # %% ../../nbs/8_rewrites/03_group.ipynb #8e526fbf
@@ -28,7 +28,7 @@ def rewrite(
     budget:int, # experts per block that may be left, on average
 )->AdaptedCLIP:
     "`model` with the experts that `rule` leaves."
-    if any(m.place is not None for m in model.moes):
+    if any(isinstance(m, Rewritten) for m in model.moes):
         raise ValueError('this model was rewritten before: start from the trained one')
     n = len(model.moes[0].experts) if model.moes else 0
     if not 1 <= budget <= n: raise ValueError(f'budget is {budget}: choose 1 ... {n} experts per block')

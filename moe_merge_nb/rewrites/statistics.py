@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from ..layer.adapt import AdaptedCLIP
 from ..layer.experts import State
-from ..layer.moe import Routing, placed
+from ..layer.moe import Routing
 from .bank import Bank
 from ..streams.tasks import Stream, prompts
 
@@ -73,7 +73,7 @@ class Recorder:
         task = torch.full((len(r.x),), r.task)
         self.rows[key].append((r.logits.cpu(), r.gates.cpu(), task, self.labels, tokens))
         moe, peak = self.moes[key], self.peak[key]
-        reached = (r.gates if moe.place is None else placed(r.gates, moe.place, moe.always)) > 0
+        reached = moe.weigh(r.gates) > 0
         for e in reached.any(0).nonzero().flatten().tolist():
             peak[e] = max(peak[e], moe.experts[e](r.x[reached[:, e]]).abs().max().cpu())
 
