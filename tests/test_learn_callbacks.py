@@ -7,6 +7,8 @@ from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import *
 from moe_merge_nb.layer.adapt import *
 from moe_merge_nb.merge.rule import Merge
+from moe_merge_nb.learn.learner import *
+from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.train import *
 from moe_merge_nb.learn.callbacks import *
 

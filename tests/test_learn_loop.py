@@ -16,7 +16,10 @@ from moe_merge_nb.merge.start import *
 from moe_merge_nb.merge.start import *
 from moe_merge_nb.learn.train import *
 from moe_merge_nb.learn.evaluate import *
+from moe_merge_nb.learn.metrics import mtil_metrics
 from moe_merge_nb.learn.results import *
+from moe_merge_nb.learn.saved import load_result
+from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.callbacks import *
 from moe_merge_nb.learn.method import *
 from moe_merge_nb.safe.guard import *

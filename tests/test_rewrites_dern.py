@@ -9,6 +9,7 @@ from moe_merge_nb.layer.experts import Expert, read, write
 from moe_merge_nb.merge.rule import Merge, merge_once
 from moe_merge_nb.layer.experts import balance, neurons
 from moe_merge_nb.merge.combine import mean
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.moe import MoE, mixture
 from moe_merge_nb.rewrites.bank import bank, layer
 from moe_merge_nb.rewrites.group import average, drop_least_used, merge_groups

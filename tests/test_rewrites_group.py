@@ -29,6 +29,7 @@ def test_every_expert_is_in_one_group_that_its_leader_leads():
 
 
 def test_a_shuffled_and_rescaled_copy_merges_without_loss_only_if_it_is_aligned():
+    from moe_merge_nb.layer.kinds import Experts
     from moe_merge_nb.layer.moe import MoE, mixture
     torch.manual_seed(0)
     moe = MoE('image', 0, 8, Experts(n_experts=3, rank=5)).eval()

@@ -6,6 +6,7 @@ from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import Expert, read
 from moe_merge_nb.layer.experts import balance
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.moe import MoE, mixture
 from moe_merge_nb.rewrites.bank import bank, banks, layer, n_expert_parameters
 from moe_merge_nb.rewrites.group import average, rewrite

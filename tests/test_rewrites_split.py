@@ -8,6 +8,7 @@ import pytest, torch
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import Expert, read
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.moe import MoE, mixture
 from moe_merge_nb.rewrites.bank import expert_gates
 from moe_merge_nb.rewrites.bank import bank, banks, close, layer, n_expert_parameters, with_banks

@@ -31,9 +31,9 @@ def test_the_stream_must_be_the_one_that_was_learned():
 
 
 def test_outputs_are_those_of_the_experts():
-    from moe_merge_nb.layer.experts import many, read
+    from moe_merge_nb.layer.experts import Expert, many, read
     torch.manual_seed(0)
-    experts, t = make_experts(3, 8, 4).eval(), torch.randn(10, 8)
+    experts, t = many(lambda: Expert(8, 4), 3).eval(), torch.randn(10, 8)
     for p in experts.parameters(): torch.nn.init.normal_(p)
     torch.testing.assert_close(outputs([read(e) for e in experts], t, .1), torch.stack([e(t) for e in experts]))
 

@@ -8,6 +8,7 @@ from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import Expert, many, read, write
 from moe_merge_nb.merge.rule import Merge, merge_once
 from moe_merge_nb.merge.combine import mean
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.moe import MoE
 from moe_merge_nb.rewrites.bank import bank
 from moe_merge_nb.rewrites.group import average, merge_groups, reduce_by, rewrite

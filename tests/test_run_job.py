@@ -4,6 +4,7 @@
 import pytest
 from dataclasses import replace
 from moe_merge_nb.learn.results import *
+from moe_merge_nb.learn.saved import load_result
 from moe_merge_nb.run.config import CHANGES
 from moe_merge_nb.baselines.methods import METHODS
 from moe_merge_nb.run.job import *

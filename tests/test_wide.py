@@ -9,8 +9,9 @@ import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from moe_merge_nb.clip.backbone import pico_tokenizer
 from moe_merge_nb.layer.adapt import AdaptedCLIP
-from moe_merge_nb.layer.experts import many, read
+from moe_merge_nb.layer.experts import Expert, many, read
 from moe_merge_nb.layer.mix import mix_gathered, mix_loop, mix_segments, mix_stacked
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.moe import MoE
 from moe_merge_nb.layer.router import top_k_gates
 from moe_merge_nb.learn import loop
@@ -171,7 +172,7 @@ def test_result_rows_are_those_that_are_documented(long):
 @pytest.mark.parametrize('k', [1, 2, 256])
 def test_a_layer_of_256_experts_is_mixed_alike_by_every_formulation(k):
     torch.manual_seed(k)
-    experts = make_experts(256, 6, 2).eval()
+    experts = many(lambda: Expert(6, 2), 256).eval()
     for e in experts: torch.nn.init.normal_(e.up.weight)
     x, gates = torch.randn(9, 3, 6), top_k_gates(torch.randn(9, 256), k)
     y = mix_loop(x, gates, experts)

@@ -28,6 +28,7 @@ from ..clip.encode import block
 from ..safe.files import write_text
 from ..safe.provenance import provenance
 from .memory import peak_bytes
+from ..layer.kinds import Experts
 from ..layer.moe import MoE, mixture
 from .plain import PlainMoE, plain_block
 from ..layer.router import top_k_gates
