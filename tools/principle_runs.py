@@ -14,7 +14,7 @@ from moe_merge_nb.baselines.methods import method
 from moe_merge_nb.safe.files import replacing
 from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.streams.mini import mini
-from moe_merge_nb.study.principle import watched
+from moe_merge_nb.study.watch import watched
 from moe_merge_nb.safe.provenance import provenance
 from moe_merge_nb.streams.tasks import first
 
