@@ -75,7 +75,8 @@ def a_mixture(draw, shared_init=None):
     if shared_init is None: shared_init = draw(st.booleans())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        moe = MoE('image', 0, width, n, rank, shared_init=shared_init, gate=lambda h: top_k_gates(h, k))
+        how = dict(shared_init=shared_init, gate=lambda h: top_k_gates(h, k))
+        moe = MoE('image', block=0, width=width, n_experts=n, rank=rank, **how)
         moe.add_task()
         for p in moe.parameters(): torch.nn.init.normal_(p)
     return moe.eval(), k
@@ -264,7 +265,7 @@ def test_the_usage_of_two_windows_adds_up_to_that_of_both(selections, data):
     usage, moments = Usage(), [{}]
     for chosen in selections:
         gates = torch.from_numpy(chosen).float()
-        usage(Routing('text', 1, 0, None, None, gates))
+        usage(Routing('text', block=1, task=0, x=None, logits=None, gates=gates))
         moments.append(dict(usage.counts))
     cut = data.draw(st.integers(0, len(selections)))
     first, second, whole = since(moments[cut], {}), since(moments[-1], moments[cut]), since(moments[-1], {})
@@ -415,7 +416,7 @@ def test_sources_are_used_and_the_target_is_no_source(counts, data):
     counts = torch.from_numpy(counts)
     frozen = torch.from_numpy(data.draw(hnp.arrays(np.bool_, len(counts))))
     n, may = data.draw(st.integers(2, 4)), data.draw(st.booleans())
-    sources, target = choose(counts, frozen, set(), n, may)
+    sources, target = choose(counts, frozen, n_sources=n, frozen_sources=may)
     assert len(set(sources)) == len(sources)
     assert all(counts[e] > 0 for e in sources)
     assert may or not any(frozen[e] for e in sources)

@@ -44,7 +44,7 @@ def images(n, n_classes, seed=0):
 def task(name='a', classes=('red', 'blue'), n=4, n_test=2):
     "A task of noise: `n` images to train with, `n_test` to evaluate with."
     train, test = images(n, len(classes)), images(n_test, len(classes), 1)
-    return Task(name, classes, ('a {} thing.',), train, test)
+    return Task(name, classes, ('a {} thing.',), train=train, test=test)
 
 def moe_merge(selectors=('oracle',), experts=None, **changes):
     "A few iterations with a merge after each."
@@ -264,13 +264,13 @@ def test_with_all_experts_frozen_training_moves_the_new_router_only():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     settings = Train(iterations=3, batch=2, warmup=1, lr=.1)
     callbacks = [MergeMostUsed(ALWAYS), FreezeMostUsed(2)]
-    learner = train_task(model, task(), 0, TOKENIZER, settings, callbacks=callbacks)
+    learner = train_task(model, task(), 0, TOKENIZER, settings=settings, callbacks=callbacks)
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved and all('.routers.0.' in k for k in moved)
     assert {e['kind'] for e in learner.events} == {'no_merge', 'freeze'}
 
 def test_a_layer_without_a_target_is_left_as_it_is():
-    moe = MoE('image', 0, 4, 3, 2)
+    moe = MoE('image', block=0, width=4, n_experts=3, rank=2)
     moe.add_task()
     moe.freeze([0, 1, 2])
     before = [read(e) for e in moe.experts]
