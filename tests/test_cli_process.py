@@ -118,9 +118,10 @@ def saved(run):
     if 'task' in snapshot: return tree['done'], snapshot['task']['iteration']
     return tree['done'], 40 if snapshot else 0
 
-def interrupted(server, cwd, args, before, number):
-    "Start the command, and end it with this signal when more is saved than `before`; its exit code."
-    pid, until = server.start(args, cwd), time.time() + 300
+def interrupted(server, cwd, args, number):
+    "Start the command, and end it with this signal when more is saved than before; its exit code."
+    before, until = saved(cwd/'run'), time.time() + 300
+    pid = server.start(args, cwd)
     while saved(cwd/'run') <= before:
         assert time.time() < until
         time.sleep(.1)
@@ -129,14 +130,13 @@ def interrupted(server, cwd, args, before, number):
 
 def test_ctrl_c_and_sigterm_end_a_run_with_130_and_143_and_the_same_command_goes_on(server, tmp_path):
     args, run = [*TINY, *LONG], tmp_path/'run'
-    before = 0, 0
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        assert interrupted(server, tmp_path, args, before, number) == code
+        before = saved(run)
+        assert interrupted(server, tmp_path, args, number) == code
         said = (tmp_path/'err.txt').read_text()
         assert 'the same command goes on from' in said and 'Traceback' not in said
         assert not (run/'.lock.owner').exists()
         assert saved(run) > before
-        before = saved(run)
     assert server.wait(server.start(args, tmp_path)) == 0
     assert len((run/'matrix.csv').read_text().splitlines()) == 1 + 2 * 2
     assert not list(run.glob('checkpoint*'))
