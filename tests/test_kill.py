@@ -1,6 +1,5 @@
-"""A run that is killed at any moment and started again ends with the same bytes.
-
-`tools/kill_test.py 100` does it a hundred times; nbs/safe/07_reliability.ipynb shows where it hit."""
+"""A run that is killed at any moment and started again ends with the same bytes. `tools/kill_test.py 100` does it a
+hundred times; 07_reliability shows where it hit."""
 import csv
 import os
 import subprocess
@@ -10,12 +9,10 @@ from pathlib import Path
 TOOL = Path(__file__).parent.parent/'tools'/'kill_test.py'
 
 def test_killed_at_ten_moments_each_run_ends_as_if_undisturbed(tmp_path):
-    out = tmp_path/'kills.csv'
+    out, env = tmp_path/'kills.csv', {**os.environ, 'OMP_NUM_THREADS': '1'}
     command = [sys.executable, str(TOOL), '10', '--seed', '1', '--out', str(out)]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    rows = list(csv.DictReader(out.open()))
-    assert len(rows) >= 10 and all(r['equal'] == 'True' for r in rows), said
+    rows = list(csv.DictReader(open(out)))
+    assert done.returncode == 0 and len(rows) >= 10, done.stdout + done.stderr
+    assert all(r['equal'] == 'True' for r in rows), done.stdout + done.stderr
     assert {'training', 'saving', 'evaluation'} <= {r['phase'] for r in rows}
