@@ -11,7 +11,11 @@ from moe_merge_nb.merge.align import *
 from moe_merge_nb.layer.experts import *
 from moe_merge_nb.merge.combine import *
 from moe_merge_nb.merge.align import *
+from moe_merge_nb.layer.experts import *
+from moe_merge_nb.merge.combine import *
+from moe_merge_nb.merge.align import *
 from moe_merge_nb.merge.rule import *
+from moe_merge_nb.merge.start import *
 from moe_merge_nb.merge.start import *
 from moe_merge_nb.merge.start import *
 from moe_merge_nb.learn.train import *
@@ -37,6 +41,7 @@ backbone = CLIP(16, image, text).eval().requires_grad_(False), pico_tokenizer()
 quick = Train(iterations=10, batch=8, lr=1e-2, warmup=2)
 
 
+from moe_merge_nb.learn import loop # tests patch names of the module
 def small(name='moe_merge', **kw):
     "A method that runs in half a second."
     usual = dict(experts=dict(n_experts=6, rank=4), train=quick, merge=Merge(every=4), selectors=('oracle', 'gaussian'))
@@ -47,7 +52,7 @@ def shortened(m, iterations, **kw):
     return replace(m, train=replace(m.train, iterations=iterations, warmup=1, batch=4), experts=few, **kw)
 def learned(method=None, n_tasks=2, seed=0, **kw):
     "What a method makes of the toy stream."
-    return run(toy_stream(n_tasks), method or small(), seed, backbone, progress=False, **kw)
+    return loop.run(toy_stream(n_tasks), method or small(), seed, backbone, progress=False, **kw)
 def plainly(name, tune, **kw):
     "A method without adapters."
     return Method(name, tune=tune, experts=None, selectors=('none',), **kw)
@@ -91,7 +96,7 @@ def test_a_run_is_saved_after_every_task_and_reads_back():
 
 from pathlib import Path
 from unittest.mock import patch
-from moe_merge_nb.learn import loop, state
+from moe_merge_nb.learn import state
 class PullThePlug(Callback):
     "Interrupts the run in its second task, once."
     def __init__(self, flag, act): self.flag, self.act = Path(flag), act

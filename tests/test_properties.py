@@ -10,14 +10,18 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from moe_merge_nb.layer.adapt import AdaptedCLIP, trainable
-from moe_merge_nb.layer.experts import make_experts, read, write
+from moe_merge_nb.layer.experts import many, read, write
 from moe_merge_nb.layer.mix import mix_gathered, mix_loop, mix_segments, mix_selected, mix_stacked
 from moe_merge_nb.layer.moe import MoE, Routing, mixture
 from moe_merge_nb.layer.router import top_k_gates, top_p_gates
-from moe_merge_nb.learn.evaluate import mtil_metrics
-from moe_merge_nb.learn.train import batch_indices, lr_factor
+from moe_merge_nb.learn.metrics import mtil_metrics
+from moe_merge_nb.safe.batches import batch_indices
+from moe_merge_nb.learn.settings import lr_factor
 from moe_merge_nb.merge.freeze import freeze_most_used, most_used
-from moe_merge_nb.merge.rule import Merge, align, balance, choose, mean, merge_iterations, merge_once, usage_weighted
+from moe_merge_nb.merge.rule import Merge, merge_iterations, merge_once
+from moe_merge_nb.merge.align import align
+from moe_merge_nb.layer.experts import balance
+from moe_merge_nb.merge.combine import choose, mean, usage_weighted
 from moe_merge_nb.merge.usage import Usage, since, usage_rows
 from moe_merge_nb.safe.checkpoint import read_tree, write_tree
 from moe_merge_nb.streams.images import few_shot, saved_few_shot

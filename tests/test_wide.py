@@ -11,18 +11,20 @@ from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.clip.backbone import pico_tokenizer
 from moe_merge_nb.learn.cache import Cache
 from moe_merge_nb.learn.callbacks import FreezeMostUsed, MergeMostUsed
-from moe_merge_nb.run.config import METHODS, method
-from moe_merge_nb.learn.evaluate import mtil_metrics
-from moe_merge_nb.layer.experts import make_experts, read
+from moe_merge_nb.baselines.methods import METHODS, method
+from moe_merge_nb.learn.metrics import mtil_metrics
+from moe_merge_nb.layer.experts import many, read
 from moe_merge_nb.learn.loop import run
 from moe_merge_nb.learn.method import Method, check
 from moe_merge_nb.merge.rule import Merge, merge_once
 from moe_merge_nb.layer.mix import mix_gathered, mix_loop, mix_segments, mix_stacked
 from moe_merge_nb.layer.moe import MoE
-from moe_merge_nb.learn.results import accuracy_matrix, load_result, save_result
+from moe_merge_nb.learn.results import accuracy_matrix
+from moe_merge_nb.learn.saved import load_result, save_result
 from moe_merge_nb.layer.router import top_k_gates
 from moe_merge_nb.streams.tasks import Images, Stream, Task, prompts
-from moe_merge_nb.learn.train import Train, train_task
+from moe_merge_nb.learn.settings import Train
+from moe_merge_nb.learn.train import train_task
 
 TOKENIZER = pico_tokenizer()
 
@@ -251,7 +253,7 @@ def test_with_all_experts_frozen_training_moves_the_new_router_only():
     assert {e['kind'] for e in learner.events} == {'no_merge', 'freeze'}
 
 def test_a_layer_without_a_target_is_left_as_it_is():
-    moe = MoE('image', 0, 4, 3, 2)
+    moe = MoE('image', 0, 4, Experts(3, 2))
     moe.add_task()
     moe.freeze([0, 1, 2])
     before = [read(e) for e in moe.experts]

@@ -31,7 +31,7 @@ from moe_merge_nb.clip.backbone import pico_tokenizer
 from moe_merge_nb.learn import loop, state
 from moe_merge_nb.learn.callbacks import FreezeMostUsed
 from moe_merge_nb.learn.method import Method
-from moe_merge_nb.learn.train import Train
+from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.streams.tasks import Images, Stream, Task
 

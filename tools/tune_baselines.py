@@ -12,10 +12,10 @@ from moe_merge_nb.baselines.icarl import ICaRL
 from moe_merge_nb.baselines.lwf import LwF
 from moe_merge_nb.baselines.wise_ft import WiSEFT
 from moe_merge_nb.baselines.zscl import ZSCL
-from moe_merge_nb.learn.evaluate import mtil_metrics
+from moe_merge_nb.learn.metrics import mtil_metrics
 from moe_merge_nb.learn.loop import run
 from moe_merge_nb.learn.results import accuracy_matrix
-from moe_merge_nb.run.config import TRAIN, method
+from moe_merge_nb.baselines.methods import TRAIN, method
 from moe_merge_nb.streams.mini import mini
 from moe_merge_nb.streams.tasks import Stream, first
 

@@ -180,3 +180,6 @@ def main(
     except (ValueError, OSError) as e:
         print(f'moe-merge-data: {e}', file=sys.stderr)
         return 1
+
+# %% ../../nbs/1_streams/08_prepare.ipynb #18ec869b
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a program, not a notebook
