@@ -4,14 +4,15 @@
 import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
 from moe_merge_nb.clip.backbone import load_clip
-from moe_merge_nb.baselines.methods import MINI_EXPERTS, method
+from moe_merge_nb.baselines.methods import method
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.learn.loop import run
 from moe_merge_nb.streams.tasks import toy_stream
 from moe_merge_nb.study.watch import *
 
 def tiny():
     "`moe_merge` with few and small experts, trained for a moment."
-    m = method('moe_merge', selectors=('oracle',), experts={**EXPERTS, 'n_experts': 6, 'rank': 4})
+    m = method('moe_merge', selectors=('oracle',), experts=Experts(n_experts=6, rank=4))
     return replace(m, train=replace(m.train, iterations=12, batch=8, warmup=2))
 
 

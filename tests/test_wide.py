@@ -13,7 +13,8 @@ from moe_merge_nb.learn.cache import Cache
 from moe_merge_nb.learn.callbacks import FreezeMostUsed, MergeMostUsed
 from moe_merge_nb.baselines.methods import METHODS, method
 from moe_merge_nb.learn.metrics import mtil_metrics
-from moe_merge_nb.layer.experts import many, read
+from moe_merge_nb.layer.kinds import Experts
+from moe_merge_nb.layer.experts import Expert, many, read
 from moe_merge_nb.learn.loop import run
 from moe_merge_nb.learn.method import Method, check
 from moe_merge_nb.merge.rule import Merge, merge_once
@@ -156,7 +157,7 @@ def test_result_rows_are_those_that_are_documented(long):
 @pytest.mark.parametrize('k', [1, 2, 256])
 def test_a_layer_of_256_experts_is_mixed_alike_by_every_formulation(k):
     torch.manual_seed(k)
-    experts = make_experts(256, 6, 2).eval()
+    experts = many(lambda: Expert(6, 2), 256).eval()
     for e in experts: torch.nn.init.normal_(e.up.weight)
     x, gates = torch.randn(9, 3, 6), top_k_gates(torch.randn(9, 256), k)
     y = mix_loop(x, gates, experts)

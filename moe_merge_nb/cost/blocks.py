@@ -16,6 +16,7 @@ from ..clip.encode import block
 from .agree import agreed, whole
 from .compare import pairs, randomise
 from .plain import PlainMoE, plain_block
+from ..layer.kinds import Experts
 from ..layer.moe import MoE, mixture
 from ..layer.router import top_k_gates
 
