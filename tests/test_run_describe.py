@@ -28,7 +28,7 @@ def test_what_cannot_be_written_down_is_not_saved():
 def test_a_layer_that_was_changed_afterwards_is_refused_by_name():
     odd = AdaptedCLIP(pico(), n_experts=4, rank=2)
     odd.moes[3].experts[1] = torch.nn.Identity()
-    with pytest.raises(ValueError, match='image block 3 has a Expert, not only|image block 3 has a Identity'): experts_config(odd)
+    with pytest.raises(ValueError, match="image block 3 has a .*not only experts.expert='relu'"): experts_config(odd)
     other = AdaptedCLIP(pico(), n_experts=4, rank=2)
     other.moes[5].gate = AdaptedCLIP(pico(), n_experts=4, rank=2, top_k=1).moes[0].gate
     with pytest.raises(ValueError, match="text block 1 has another gate than experts.gate='top_k'"): experts_config(other)

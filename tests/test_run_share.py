@@ -126,8 +126,10 @@ def test_a_header_is_refused_before_anything_is_built_from_it():
         refused(f"vision_cfg {unknown} 'timm_model_name'", **inside('vision_cfg', timm_model_name='vit'))
         refused(f"experts {unknown} 'size'", experts={**header['experts'], 'size': 3})
         for kind in ('expert', 'router', 'gate', 'mix'):
-            refused('names parts that are not of this package .os.system.', experts={**header['experts'], kind: 'os.system'})
-        refused('experts.options has 1000000000000', experts={**header['experts'], 'options': dict(router=dict(hidden=10**12))})
+            strange = {**header['experts'], kind: 'os.system'}
+            refused('names parts that are not of this package .os.system.', experts=strange)
+        huge = {**header['experts'], 'options': dict(router=dict(hidden=10**12))}
+        refused('experts.options has 1000000000000', experts=huge)
         refused('of another shape: text_projection', **other(embed_dim=10**9))
         refused('layers is 1000000000, but', **inside('text_cfg', layers=10**9))
         refused('n_tasks is 1000000000', n_tasks=10**9)

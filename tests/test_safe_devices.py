@@ -17,6 +17,22 @@ def test_shares_are_a_partition_of_every_batch():
     with pytest.raises(ValueError, match='train.batch is 12 for 5 processes'): split_batches(batches, one_of(5))
 
 
+def test_parts_of_a_batch_draw_the_noise_of_the_whole():
+    from moe_merge_nb.layer.router import ROUTERS
+    for kind in ROUTERS.values():
+        torch.manual_seed(0)
+        router, x0 = kind(8, 5), torch.randn(6, 8)
+        for p in router.parameters(): torch.nn.init.normal_(p, std=.1)
+        def drawn(rows):
+            torch.manual_seed(3)
+            return router(rows, True)
+        want, found = drawn(x0), []
+        for i in range(3):
+            with noise_of_the_whole([router], i, 3): found.append(drawn(x0[2*i:2*i + 2]))
+        torch.testing.assert_close(torch.cat(found), want)
+        assert torch.equal(drawn(x0), want)                                     # outside, nothing is changed
+
+
 def test_a_tensor_shows_in_the_peak():
     before = peak_memory(torch.device('cpu'))
     block = torch.ones(int(before * 1e6 / 4) + 50_000_000)                       # MB to floats, and 200 MB more

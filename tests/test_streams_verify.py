@@ -7,7 +7,6 @@ from unittest.mock import patch
 import pytest
 from PIL import Image
 import moe_merge_nb.streams.verify as module
-from moe_merge_nb.streams.verify import verify
 
 
 def test_a_file_is_decoded_once_until_it_changes():
@@ -23,7 +22,7 @@ def test_a_file_is_decoded_once_until_it_changes():
             def counting(p):
                 opened.append(Path(p).name)
                 return true(p)
-            with patch.object(module, 'open_image', counting): found = verify(files, cache)
+            with patch.object(module, 'open_image', counting): found = module.verify(files, cache)
             return sorted(opened), [reason for _, reason in found.values()]
         every = ['0.png', '1.png', '2.png', '3.png']
         first, reasons = decoded()
@@ -39,7 +38,7 @@ def test_a_file_is_decoded_once_until_it_changes():
             assert decoded() == (every, reasons), broken
         blocked = d/'file'
         blocked.write_text('') # no folder can be made there
-        with pytest.warns(UserWarning, match='could not be kept'): found = verify(files, blocked/'c.json')
+        with pytest.warns(UserWarning, match='could not be kept'): found = module.verify(files, blocked/'c.json')
         assert [reason for _, reason in found.values()] == reasons
 
 
@@ -54,6 +53,7 @@ def test_an_interrupted_verification_goes_on_where_it_was():
         def counting(p):
             opened.append(p)
             return true(p)
-        with patch.object(module, 'open_image', interrupted), pytest.raises(KeyboardInterrupt): verify(files, cache)
-        with patch.object(module, 'open_image', counting): verify(files, cache)
+        with patch.object(module, 'open_image', interrupted), pytest.raises(KeyboardInterrupt):
+            module.verify(files, cache)
+        with patch.object(module, 'open_image', counting): module.verify(files, cache)
         assert sorted(opened) == files[2:]

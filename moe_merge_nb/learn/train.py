@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['class_logits', 'total_loss', 'encode_prompts', 'step', 'nonfinite_message', 'random_state', 'set_random_state',
-           'snapshot', 'resume', 'prepare', 'schedule', 'iterate', 'place', 'batches_of', 'noise_of_the_whole',
-           'whole_task', 'train_task']
+           'snapshot', 'resume', 'prepare', 'schedule', 'iterate', 'place', 'batches_of', 'whole_task', 'train_task']
 
 # %% ../../nbs/6_learn/01_train.ipynb #ef6d5499
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 import torch
 from accelerate import Accelerator
@@ -20,7 +18,7 @@ from ..layer.adapt import AdaptedCLIP, trainable
 from .learner import Callback, Learner, autocast
 from .settings import Train, lr_factor
 from ..safe.batches import Batches, batch_indices, loader
-from ..safe.devices import alone, average_gradients, split_batches
+from ..safe.devices import alone, average_gradients, noise_of_the_whole, split_batches
 from ..streams.tasks import Task, prompts
 
 # %% ../../nbs/6_learn/01_train.ipynb #14856566
@@ -205,21 +203,6 @@ def batches_of(
     indices = batch_indices(len(images), s.batch, s.iterations, seed)
     return Batches(images, split_batches(indices, learner.accelerator), seed, place(learner.accelerator)[0])
 
-@contextmanager
-def noise_of_the_whole(
-    model:AdaptedCLIP,
-    i:int, # which part of a batch this process has
-    n:int, # equal parts
-)->Iterator[None]:
-    "Inside, the newest image routers draw the noise that the whole batch would have drawn, and keep their rows."
-    routers = [moe.routers[-1] for moe in model.moes if moe.tower == 'image'] if n > 1 else []
-    def whole(router, inputs): return inputs[0].repeat(n, 1), *inputs[1:]
-    def part(router, inputs, logits): return logits.tensor_split(n)[i]
-    hooks = [h for r in routers for h in (r.register_forward_pre_hook(whole), r.register_forward_hook(part))]
-    try: yield
-    finally:
-        for h in hooks: h.remove()
-
 # %% ../../nbs/6_learn/01_train.ipynb #8afb8081
 def whole_task(
     learner:Learner,
@@ -235,7 +218,8 @@ def whole_task(
     loading = iter(loader(batches, first, learner.settings.workers, pin)) # draws a random number
     if saved: resume(learner, saved, callbacks)
     schedule(learner)
-    with noise_of_the_whole(model, *place(learner.accelerator)):
+    routers = [moe.routers[-1] for moe in model.moes if moe.tower == 'image']   # all processes have the same prompts
+    with noise_of_the_whole(routers, *place(learner.accelerator)):
         iterate(learner, loading, batches.indices, callbacks)
     model.eval()
     for c in callbacks: c.after_task(learner)

@@ -71,14 +71,20 @@ class Rewritten(MoE):
         self.register_buffer('column_to_expert', b.column_to_expert.clone())
         self.register_buffer('always_on', b.always_on.clone())
 
-    def score(self, task:int, x0:Tensor)->Tensor: # (batch, columns)
+    def score(self,
+        task:int, # whose router
+        x0:Tensor, # (batch, width), token 0 of each sequence
+    )->Tensor: # (batch, columns)
+        "Logits; columns that stand for nothing are never selected."
         closed = (self.column_to_expert == 0).all(1)
         return super().score(task, x0).masked_fill(closed, -torch.inf)
 
     def weigh(self, gates:Tensor)->Tensor: # (batch, experts)
+        "Gates of the experts that there are."
         return expert_gates(gates, self.column_to_expert, self.always_on)
 
     def add_task(self):
+        "ValueError: its columns are no longer one expert each."
         raise ValueError('the experts of this layer were rewritten after training: it learns no further tasks')
 
 # %% ../../nbs/8_rewrites/01_bank.ipynb #6d860887

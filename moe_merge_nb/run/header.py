@@ -171,9 +171,9 @@ def _check_sizes(header, tensors):
     ):
         if 0 <= n <= most: continue
         raise ValueError(f'{name} is {n}, which does not fit the {len(tensors)} tensors in the file')
-    numbers = [x for options in experts.get('options', {}).values() for x in dict(options).values()]
-    odd = [x for x in numbers if not _is_of(x, (int, float, bool, str)) or type(x) is int and x > widest]
-    if odd: raise ValueError(f'experts.options has {odd[0]!r}, which does not fit the tensors in the file')
+    for x in [x for options in experts.get('options', {}).values() for x in dict(options).values()]:
+        if not _is_of(x, (int, float, bool, str)) or type(x) is int and x > widest:
+            raise ValueError(f'experts.options has {x!r}, which does not fit the tensors in the file')
     n_words = len(header['tasks'])
     if n_words and n_words != n_tasks: raise ValueError(f'it has words for {n_words} tasks and routers for {n_tasks}')
 
@@ -220,12 +220,6 @@ def _config_of_run(path, sums):
         raise ValueError(f'{path} is no configuration of a run')
     return config
 
-def _experts_of_run(directory, config):
-    experts = config.get('experts')
-    if not isinstance(experts, dict):
-        raise ValueError(f'{directory} holds a run without adapters (experts: {experts!r})')
-    return experts
-
 # %% ../../nbs/run/11_header.ipynb #3aac0fbd
 def header_of_run(
     directory:Path,
@@ -237,7 +231,9 @@ def header_of_run(
         raise ValueError(f'{directory} is neither a shared file nor a run directory: {path.name} is missing')
     sums = sums_of(directory)
     config = _config_of_run(path, sums)
-    experts = _experts_of_run(directory, config)
+    experts = config.get('experts')
+    if not isinstance(experts, dict):
+        raise ValueError(f'{directory} holds a run without adapters (experts: {experts!r})')
     if (directory/FILE).is_file():
         try: intact(directory/FILE, sums)
         except ValueError as e: raise ValueError(f'{directory/FILE}: {e}') from e

@@ -212,6 +212,7 @@ def _check(order, shots, tasks):
     if tasks is not None and (not tasks or set(tasks) - set(MTIL)):
         raise ValueError(f'tasks is {list(tasks)}; choose among {list(MTIL)}')
 
+# %% ../../nbs/1_streams/06_datasets.ipynb #70ed8b82
 def mtil(
     root:str|Path='data', # the folder with the eleven datasets, each in torchvision's own layout
     order:int=1, # 1: Order I, 2: Order II

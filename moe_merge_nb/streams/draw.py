@@ -26,6 +26,7 @@ def _known(char):
     lacking = bytes(_font().getmask('\U0010fffd'))
     return len(char) == 1 and bytes(_font().getmask(char)) != lacking
 
+# %% ../../nbs/1_streams/03_draw.ipynb #cb04006b
 @cache
 def glyph(
     char:str, # one emoji

@@ -99,6 +99,7 @@ def _check_size(size):
     "ValueError for a size that no image can have."
     if size < 1: raise ValueError(f'size is {size}; choose 1 or more pixels (224 for ViT-B/16)')
 
+# %% ../../nbs/1_streams/05_images.ipynb #11aca4c4
 def train_transform(
     size:int=224, # pixels, of both sides
 )->Callable: # PIL image -> float32 (3, size, size)
@@ -146,6 +147,7 @@ def _is_complete(keep, labels, shots):
     different = len(inside) == len(set(keep)) == len(keep)
     return different and np.array_equal(counts, there*shots)
 
+# %% ../../nbs/1_streams/05_images.ipynb #c42445f1
 def _read_list(path, want, labels):
     "The positions in `path`, checked."
     remedy = 'delete it to have a new list drawn, or name another file'

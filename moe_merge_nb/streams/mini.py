@@ -184,6 +184,7 @@ def _task(name, arrays, shots):
     classes, templates = tuple(DOMAINS[name].split()), DOMAINS[name].templates
     return Task(name, classes, templates, train=Images(x[keep], y[keep]), test=Images(*test))
 
+# %% ../../nbs/1_streams/02_mini.ipynb #4b93ba3d
 def mini(
     data_seed:int=0, # decides every image
     order:int=1, # 1: MTIL's Order I, 2: Order II

@@ -27,6 +27,7 @@ def check_names(
     if unknown: raise ValueError(f"no dataset is called {', '.join(unknown)}; choose among {', '.join(MTIL)}")
     return [n for n in MTIL if n in names or not names]
 
+# %% ../../nbs/1_streams/08_prepare.ipynb #2af6e47b
 def _verdict(f, checked):
     "One short line."
     if not f.problems: return 'complete' if checked else 'readable, not checked'
@@ -102,6 +103,7 @@ def _fetch(name, root):
     why = download(name, root) if link else None
     return why, find(name, root)
 
+# %% ../../nbs/1_streams/08_prepare.ipynb #e085f4e2
 def prepare(
     root:str|Path='data',
     names:Sequence[str]=(), # of datasets; none: all eleven

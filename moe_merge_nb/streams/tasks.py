@@ -79,6 +79,7 @@ def _check_texts(t):
     for s in t.templates:
         if s.count('{}') != 1: raise ValueError(f"template {s!r} has {s.count('{}')} gaps; it needs exactly one '{{}}'")
 
+# %% ../../nbs/1_streams/01_tasks.ipynb #48b871c7
 def _check_split(t, split):
     "ValueError for a split without images, or with labels that no class has."
     data, n = getattr(t, split), len(t.classes)
@@ -196,6 +197,7 @@ def _coordinates(rng, n):
     v = ((y - y0)*np.cos(a) - (x - x0)*np.sin(a)) / size
     return u, v
 
+# %% ../../nbs/1_streams/01_tasks.ipynb #d7512ba1
 def _draw_shape(rng, shape, classes, n):
     "`n` images (n, 3, 32, 32) uint8 of one shape in the colours `classes`, and their labels, equally many of each."
     inside, grey = _SHAPES[shape]
