@@ -1,5 +1,5 @@
 """`python -m MODULE` does what the script of the same entry does. One process imports everything once; each program is
-a child of it, so that a dozen of them cost little more than one."""
+a child of it, so that a dozen cost little more than one."""
 import json
 import subprocess
 import sys
