@@ -4,7 +4,7 @@ A development check: `pip install --no-deps clip-benchmark`."""
 import json
 from pathlib import Path
 import pytest
-from moe_merge_nb.streams.datasets import names_of, templates_of
+from moe_merge_nb.streams.sources import names_of, templates_of
 
 NAMES = dict(Flowers='flowers', EuroSAT='eurosat', MNIST='mnist', OxfordPet='pets')
 PROMPTS = dict(

@@ -5,6 +5,8 @@ import inspect
 import open_clip, pytest, torch
 import pandas as pd
 from torch import nn
+from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.adapt import *
 from moe_merge_nb.clip.backbone import *
 from moe_merge_nb.cost.flops import *
@@ -12,6 +14,7 @@ from moe_merge_nb.streams.datasets import *
 from moe_merge_nb.layer.mix import *
 from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.learn.train import *
+from moe_merge_nb.learn.settings import *
 
 
 def test_demand_is_known_without_images():

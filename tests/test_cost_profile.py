@@ -24,7 +24,8 @@ def test_the_backward_pass_belongs_to_where_the_forward_pass_was():
 
 def test_names_are_taken_away_again():
     from moe_merge_nb.layer.adapt import AdaptedCLIP
-    from moe_merge_nb.learn.train import Train, train_task
+    from moe_merge_nb.learn.settings import Train
+    from moe_merge_nb.learn.train import train_task
     clip, tokenizer = load_clip()
     model = AdaptedCLIP(clip, n_experts=4, rank=4)
     model.add_task()

@@ -10,15 +10,19 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from moe_merge_nb.layer.adapt import AdaptedCLIP, trainable
-from moe_merge_nb.layer.experts import make_experts, read, write
+from moe_merge_nb.layer.experts import Expert, balance, many, read, write
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.mix import mix_gathered, mix_loop, mix_segments, mix_selected, mix_stacked
 from moe_merge_nb.layer.moe import MoE, Routing, mixture
 from moe_merge_nb.layer.router import top_k_gates, top_p_gates
-from moe_merge_nb.learn.evaluate import mtil_metrics
-from moe_merge_nb.learn.train import batch_indices, lr_factor
+from moe_merge_nb.learn.metrics import mtil_metrics
+from moe_merge_nb.learn.settings import lr_factor
+from moe_merge_nb.merge.align import align
+from moe_merge_nb.merge.combine import choose, mean, usage_weighted
 from moe_merge_nb.merge.freeze import freeze_most_used, most_used
-from moe_merge_nb.merge.rule import Merge, align, balance, choose, mean, merge_iterations, merge_once, usage_weighted
+from moe_merge_nb.merge.rule import Merge, merge_iterations, merge_once
 from moe_merge_nb.merge.usage import Usage, since, usage_rows
+from moe_merge_nb.safe.batches import batch_indices
 from moe_merge_nb.safe.checkpoint import read_tree, write_tree
 from moe_merge_nb.streams.images import few_shot, saved_few_shot
 
@@ -59,7 +63,7 @@ def experts_of(draw, n=None, dtype=torch.float32):
     "A list of experts whose tensors are all random, of any scale and size; dead neurons among them."
     n, width, rank = n or draw(st.integers(1, 6)), draw(st.integers(1, 7)), draw(st.integers(1, 6))
     scale, g = 10.**draw(st.integers(-4, 4)), generator(draw(seeds))
-    made = make_experts(n, width, rank, dropout=0.).to(dtype).eval()
+    made = many(lambda: Expert(width, rank, dropout=0.), n).to(dtype).eval()
     dead = draw(some_of(rank, max_size=2))
     for e in made:
         write(e, {name: scale * torch.randn(p.shape, generator=g, dtype=dtype) for name, p in e.named_parameters()})
@@ -75,8 +79,7 @@ def a_mixture(draw, shared_init=None):
     if shared_init is None: shared_init = draw(st.booleans())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        how = dict(shared_init=shared_init, gate=lambda h: top_k_gates(h, k))
-        moe = MoE('image', block=0, width=width, n_experts=n, rank=rank, **how)
+        moe = MoE('image', 0, width, Experts(n, rank, top_k=k, shared_init=shared_init))
         moe.add_task()
         for p in moe.parameters(): torch.nn.init.normal_(p)
     return moe.eval(), k
@@ -241,11 +244,11 @@ def test_a_sequence_whose_gates_are_nan_comes_out_as_nan_and_the_others_as_they_
 @pytest.mark.parametrize('mix', [*FAST, mix_selected])
 @pytest.mark.parametrize('gates', [torch.full((2, 3), math.nan), torch.zeros(2, 3)], ids=['nan', 'closed'])
 def test_gates_that_are_all_nan_or_closed_are_mixed_like_any_others(mix, gates):
-    experts, x = make_experts(3, 4, 2).eval(), randn(2, 5, 4)
+    experts, x = many(lambda: Expert(4, 2), 3).eval(), randn(2, 5, 4)
     near(mix(x, gates, experts), mix_loop(x, gates, experts), equal_nan=True)
 
 def test_no_sequence_is_no_output():
-    assert mix_selected(randn(0, 5, 4), torch.zeros(0, 3), make_experts(3, 4, 2)).shape == (0, 5, 4)
+    assert mix_selected(randn(0, 5, 4), torch.zeros(0, 3), many(lambda: Expert(4, 2), 3)).shape == (0, 5, 4)
 
 
 # ---- usage

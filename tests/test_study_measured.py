@@ -47,8 +47,9 @@ def test_without_stored_runs_the_numbers_are_called_invented():
 
 def test_the_stored_runs_are_those_that_make_study_makes():
     from itertools import product
-    from moe_merge_nb.run.config import CHANGES, EXPERIMENTS, METHODS
-    from moe_merge_nb.study.study import change_of, defaults_of
+    from moe_merge_nb.run.config import CHANGES, EXPERIMENTS
+    from moe_merge_nb.baselines.methods import METHODS
+    from moe_merge_nb.study.changes import change_of, defaults_of
     from moe_merge_nb.learn.results import field_of
     def asked(experiment):
         grid = EXPERIMENTS[experiment]

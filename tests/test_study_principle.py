@@ -4,10 +4,12 @@
 import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
 from moe_merge_nb.clip.backbone import load_clip
-from moe_merge_nb.run.config import EXPERTS, method
+from moe_merge_nb.baselines.methods import method
 from moe_merge_nb.layer.experts import Expert, read
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.learn.loop import run
-from moe_merge_nb.merge.rule import align, balance, neurons
+from moe_merge_nb.merge.align import align
+from moe_merge_nb.layer.experts import balance, neurons
 from moe_merge_nb.study.principle import *
 from moe_merge_nb.streams.tasks import toy_stream
 
@@ -57,7 +59,7 @@ def test_shares_are_percent():
 
 
 def test_looking_changes_nothing_and_the_merges_are_the_runs_own():
-    small = method('moe_merge', selectors=('oracle',), experts={**EXPERTS, 'n_experts': 6, 'rank': 4})
+    small = method('moe_merge', selectors=('oracle',), experts=Experts(n_experts=6, rank=4))
     small = replace(small, train=replace(small.train, iterations=12, batch=8, warmup=2))
     clip = load_clip(pretrained='random')
     log = None
@@ -72,7 +74,7 @@ def test_looking_changes_nothing_and_the_merges_are_the_runs_own():
 
 
 def test_measurements_hang_together():
-    small = method('moe_merge', selectors=('oracle',), experts={**EXPERTS, 'n_experts': 6, 'rank': 4})
+    small = method('moe_merge', selectors=('oracle',), experts=Experts(n_experts=6, rank=4))
     small = replace(small, train=replace(small.train, iterations=12, batch=8, warmup=2))
     t = pd.DataFrame(watched(toy_stream(2), small, 1, load_clip(pretrained='random'))[0])
     at = lambda measure, who: t[(t.measure == measure) & (t.who == who)].reset_index(drop=True)

@@ -7,21 +7,25 @@ import numpy as np
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from moe_merge_nb.baselines.methods import METHODS, method
 from moe_merge_nb.clip.backbone import pico_tokenizer
 from moe_merge_nb.layer.adapt import AdaptedCLIP
-from moe_merge_nb.layer.experts import make_experts, read
+from moe_merge_nb.layer.experts import Expert, many, read
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.mix import mix_gathered, mix_loop, mix_segments, mix_stacked
 from moe_merge_nb.layer.moe import MoE
 from moe_merge_nb.layer.router import top_k_gates
 from moe_merge_nb.learn import loop
 from moe_merge_nb.learn.cache import Cache
 from moe_merge_nb.learn.callbacks import FreezeMostUsed, MergeMostUsed
-from moe_merge_nb.learn.evaluate import mtil_metrics
-from moe_merge_nb.learn.loop import Method, check, run
-from moe_merge_nb.learn.results import accuracy_matrix, load_result, save_result
-from moe_merge_nb.learn.train import Train, train_task
+from moe_merge_nb.learn.loop import run
+from moe_merge_nb.learn.method import Method, check
+from moe_merge_nb.learn.metrics import mtil_metrics
+from moe_merge_nb.learn.results import accuracy_matrix
+from moe_merge_nb.learn.saved import load_result, save_result
+from moe_merge_nb.learn.settings import Train
+from moe_merge_nb.learn.train import train_task
 from moe_merge_nb.merge.rule import Merge, merge_once
-from moe_merge_nb.run.config import METHODS, method
 from moe_merge_nb.streams.tasks import Images, Stream, Task, prompts
 
 TOKENIZER = pico_tokenizer()
@@ -167,7 +171,7 @@ def test_result_rows_are_those_that_are_documented(long):
 @pytest.mark.parametrize('k', [1, 2, 256])
 def test_a_layer_of_256_experts_is_mixed_alike_by_every_formulation(k):
     torch.manual_seed(k)
-    experts = make_experts(256, 6, 2).eval()
+    experts = many(lambda: Expert(6, 2), 256).eval()
     for e in experts: torch.nn.init.normal_(e.up.weight)
     x, gates = torch.randn(9, 3, 6), top_k_gates(torch.randn(9, 256), k)
     y = mix_loop(x, gates, experts)
@@ -270,7 +274,7 @@ def test_with_all_experts_frozen_training_moves_the_new_router_only():
     assert {e['kind'] for e in learner.events} == {'no_merge', 'freeze'}
 
 def test_a_layer_without_a_target_is_left_as_it_is():
-    moe = MoE('image', block=0, width=4, n_experts=3, rank=2)
+    moe = MoE('image', 0, 4, Experts(3, rank=2))
     moe.add_task()
     moe.freeze([0, 1, 2])
     before = [read(e) for e in moe.experts]

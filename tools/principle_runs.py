@@ -11,9 +11,10 @@ import io
 from pathlib import Path
 import pandas as pd
 import torch
+from moe_merge_nb.baselines.methods import method
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.merge.rule import Merge
-from moe_merge_nb.run.config import FRESH, method
+from moe_merge_nb.run.config import FRESH
 from moe_merge_nb.safe.files import replacing
 from moe_merge_nb.safe.provenance import provenance
 from moe_merge_nb.streams.mini import mini

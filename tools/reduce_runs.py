@@ -1,4 +1,4 @@
-"""Leave fewer experts in finished runs by every rule of `config.REWRITES`, without and with recovery.
+"""Leave fewer experts in finished runs by every rule of `rewrites.rules.REWRITES`, without and with recovery.
 
     python tools/reduce_runs.py shared runs/shared/*          # adapters trained with experts.shared_init=true
     python tools/reduce_runs.py own runs/study/moe-seed*      # the others: rules that need a common start are left out
@@ -7,9 +7,9 @@ One row is kept as soon as it is known."""
 import argparse
 from pathlib import Path
 import torch
-from moe_merge_nb.learn.results import load_result
+from moe_merge_nb.learn.saved import load_result
 from moe_merge_nb.rewrites.reduce import reductions
-from moe_merge_nb.run.config import REWRITES
+from moe_merge_nb.rewrites.rules import REWRITES
 from moe_merge_nb.run.reproduce import stream_of
 from moe_merge_nb.run.share import load
 from moe_merge_nb.safe.provenance import provenance

@@ -26,8 +26,9 @@ from ..clip.backbone import load_clip, towers
 from .compare import ALLOWED, JOBS, agreed, agreement, make_case, mode, pairs, randomise, whole
 from ..clip.encode import block
 from ..safe.files import write_text
-from ..learn.loop import provenance
+from ..safe.provenance import provenance
 from .memory import peak_bytes
+from ..layer.kinds import Experts
 from ..layer.moe import MoE, mixture
 from .plain import PlainMoE, plain_block
 from ..layer.router import top_k_gates
@@ -71,7 +72,7 @@ class Twins:
 def make_twins(frozen:nn.Module, shape:tuple[int, int, int], n_experts:int, top_k:int=2, mask:Tensor|None=None, rank:int=64, seed:int=0)->Twins:
     "A block with random mixtures and a random input of `shape` (batch, tokens, width)."
     g, width = torch.Generator().manual_seed(seed), shape[2]
-    ours = MoE('image', 0, width, n_experts, rank, gate=partial(top_k_gates, k=top_k))
+    ours = MoE('image', 0, width, Experts(n_experts, rank, gate=partial(top_k_gates, k=top_k)))
     ours.add_task()
     plain = PlainMoE(width, n_experts, rank, top_k)
     randomise(pairs(ours, plain), g)

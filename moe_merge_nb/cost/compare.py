@@ -20,7 +20,9 @@ from ..clip.encode import encode_image, encode_text
 from ..learn.features import class_embeddings
 from .plain import PlainCLIP
 from ..streams.tasks import Task, prompts
-from ..learn.train import Learner, Train, class_logits, step
+from ..learn.learner import Learner
+from ..learn.settings import Train
+from ..learn.train import class_logits, step
 from ..clip.tree import encode_prompts
 
 # %% ../../nbs/cost/03_compare.ipynb #5a282a43

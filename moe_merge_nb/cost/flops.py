@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from ..layer.adapt import AdaptedCLIP, n_adapter_parameters
 from ..clip.backbone import towers
-from ..streams.datasets import MTIL, names_of, spoken, templates_of
+from ..streams.sources import MTIL, names_of, spoken, templates_of
 from ..clip.encode import block
 
 # %% ../../nbs/cost/06_flops.ipynb #d902243d

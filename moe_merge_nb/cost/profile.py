@@ -28,13 +28,15 @@ from ..layer.adapt import AdaptedCLIP
 from ..clip.backbone import load_clip
 from .bench import machine
 from .compare import make_case, mode, train_ours
-from ..run.config import method
+from ..baselines.methods import method
 from ..safe.files import write_json
 from ..streams.images import open_image, train_transform
 from ..learn.loop import run
 from ..streams.mini import mini
 from ..streams.tasks import first
-from ..learn.train import Callback, Learner, Train, train_task
+from ..learn.learner import Callback, Learner
+from ..learn.settings import Train
+from ..learn.train import train_task
 from ..merge.usage import Usage
 
 # %% ../../nbs/cost/05_profile.ipynb #1c55b3b1

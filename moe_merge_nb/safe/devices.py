@@ -8,11 +8,11 @@ __all__ = ['alone', 'split_batches', 'average_gradients', 'total_counts', 'peak_
 # %% ../../nbs/safe/05_devices.ipynb #0e48fca8
 import resource
 import sys
+from collections.abc import Callable
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from ..merge.usage import Block
 
 # %% ../../nbs/safe/05_devices.ipynb #ab8a406e
 def alone(accelerator:Accelerator|None)->bool:
@@ -39,7 +39,7 @@ def average_gradients(
     if alone(accelerator): return
     ps = [p for group in optimizer.param_groups for p in group['params']]
     used = torch.tensor([p.grad is not None for p in ps], dtype=torch.float32, device=accelerator.device)
-    anywhere = accelerator.reduce(used, 'sum') > 0                                                  # (parameters,)
+    anywhere = accelerator.reduce(used, 'sum') > 0                              # (parameters,)
     ps = [p for p, u in zip(ps, anywhere.tolist()) if u]
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in ps])
     flat = accelerator.reduce(flat, 'mean')
@@ -47,26 +47,27 @@ def average_gradients(
 
 # %% ../../nbs/safe/05_devices.ipynb #bab414be
 def total_counts(
-    counts:dict[Block, Tensor], # of this process, (experts,) per block
+    counts:dict[tuple[str, int], Tensor], # of this process, (experts,) per block: ('image' | 'text', number)
     accelerator:Accelerator|None, # None: one process
-)->dict[Block, Tensor]: # of all processes
+)->dict[tuple[str, int], Tensor]: # of all processes
     "Usage over all processes: image towers added up, text towers as the first process saw them."
     if alone(accelerator): return counts
-    mine = torch.cat([c if tower == 'image' or accelerator.is_main_process else torch.zeros_like(c) for (tower, _), c in counts.items()])
-    total = accelerator.reduce(mine.to(accelerator.device), 'sum').cpu()
+    def mine(tower, c): return c if tower == 'image' or accelerator.is_main_process else torch.zeros_like(c)
+    flat = torch.cat([mine(tower, c) for (tower, _), c in counts.items()])
+    total = accelerator.reduce(flat.to(accelerator.device), 'sum').cpu()
     return dict(zip(counts, total.split([len(c) for c in counts.values()])))
 
 # %% ../../nbs/safe/05_devices.ipynb #9b0a9bf4
 def peak_memory(
     device:torch.device,
-)->float: # MB
-    "The most memory in use so far (a GPU: by tensors, since `torch.cuda.reset_peak_memory_stats`; else: by the whole process)."
+)->float: # MB; of a GPU since `torch.cuda.reset_peak_memory_stats`
+    "The most memory in use so far: on a GPU by tensors, else by the whole process."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
 
 # %% ../../nbs/safe/05_devices.ipynb #6a9d9146
 def in_processes(
-    function, # called in each process
+    function:Callable, # called in each process
     *args, # of it
     n:int=2, # processes
 ):
@@ -74,7 +75,10 @@ def in_processes(
     AcceleratorState._reset_state(reset_partial_state=True)
     debug_launcher(on_one_thread, (function, *args), num_processes=n)
 
-def on_one_thread(function, *args):
+def on_one_thread(
+    function:Callable,
+    *args, # of it
+):
     "Call `function` where OpenMP opens no threads: in a forked process it would wait for those of its parent."
     torch.set_num_threads(1)
     function(*args)

@@ -12,8 +12,10 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
-from ..run.config import METHODS
-from ..learn.results import PAIR, Result, example_result, field_of, load_result, load_results, pack, save_result, unpack
+from ..baselines.methods import METHODS
+from ..learn.results import PAIR, Result, example_result, field_of
+from ..learn.saved import load_result, save_result
+from ..learn.pack import load_results, pack, unpack
 
 # %% ../../nbs/11_study/05_measured.ipynb #fed8f59b
 def moes(result:Result)->dict[tuple[str, int], int]:

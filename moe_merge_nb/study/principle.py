@@ -16,11 +16,15 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from ..learn.callbacks import FreezeMostUsed, MergeMostUsed
 from ..layer.experts import Expert, State, read, write
-from ..merge.rule import Merge, align, balance, choose, mean, merge_iterations, neurons
+from ..merge.rule import Merge, merge_iterations
+from ..merge.align import align
+from ..layer.experts import balance, neurons
+from ..merge.combine import choose, mean
 from ..learn.method import Method, build
 from ..layer.moe import MoE, Routing
 from ..streams.tasks import Stream, prompts, stack
-from ..learn.train import Callback, Learner, class_logits, train_task
+from ..learn.learner import Callback, Learner
+from ..learn.train import class_logits, train_task
 from ..merge.usage import Block, since
 
 # %% ../../nbs/11_study/04_principle.ipynb #32f21c49

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
-from ..learn.results import field_of, unpack
+from ..learn.results import field_of
+from ..learn.pack import unpack
 from .tables import METRICS, paired_difference
 
 # %% ../../nbs/11_study/06_tradeoff.ipynb #34e04f12
