@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from moe_merge_nb.clip import encode
 from moe_merge_nb.clip.backbone import load_clip
-from moe_merge_nb.layer.adapt import AdaptedCLIP, n_adapter_parameters
+from moe_merge_nb.layer.adapt import AdaptedCLIP, n_adapter_parameters, widths
 from moe_merge_nb.layer.moe import MoE, mixture
 
 E, R, K, S, P = 22, 64, 2, 0.1, 0.1  # experts, rank, top-k, scale, dropout
@@ -300,7 +300,7 @@ def test_switched_off_it_is_open_clip_bit_for_bit():
     full = torch.randint(1, 49406, (2, 77), generator=torch.Generator().manual_seed(0))
     full[:, 0], full[:, -1] = 49406, 49407  # prompts that fill the context
     before = clip.encode_image(images), clip.encode_text(full), clip.encode_text(short)
-    model = AdaptedCLIP(clip, E, R).eval()
+    model = AdaptedCLIP(clip, n_experts=E, rank=R).eval()
     for _ in range(11): model.add_task()
     for moe in model.moes:
         for p in moe.experts.parameters(): p.fill_(0.01)
@@ -313,5 +313,5 @@ def test_switched_off_it_is_open_clip_bit_for_bit():
     assert not torch.equal(model.encode_image(images, 0), before[0])
     assert not torch.equal(model.encode_text(full, 0), before[1])
     assert torch.equal(model.encode_image(images), before[0])  # and off again
-    found, told = n_parameters(model), n_adapter_parameters([m.width for m in model.moes], E, R, 11)
-    assert found == told == {'experts': 43_625_472, 'routers': 7_434_240}
+    told = n_adapter_parameters(widths(model.clip), model.settings, 11)
+    assert n_parameters(model) == told == {'experts': 43_625_472, 'routers': 7_434_240}

@@ -27,13 +27,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from moe_merge_nb.baselines.zscl import from_folder
 from moe_merge_nb.clip.backbone import read_weights, write_weights
-from moe_merge_nb.layer.adapt import AdaptedCLIP, check_sizes
-from moe_merge_nb.learn.saved import SUMS, load_result, save_result
-from moe_merge_nb.learn.results import TABLES, example_result, summary
+from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.learn.pack import load_results, pack, unpack
+from moe_merge_nb.learn.results import TABLES, example_result, summary
+from moe_merge_nb.learn.saved import SUMS, load_result, save_result
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.merge.rule import Merge
-from moe_merge_nb.run import cli, released, share
+from moe_merge_nb.run import job, released, share
+from moe_merge_nb.run.options import composed
+from moe_merge_nb.run.theirs import NEEDED
 from moe_merge_nb.safe.checkpoint import FORMAT, checksum, read_tree, write_tree
 from moe_merge_nb.streams.folder import folder
 from moe_merge_nb.streams.images import open_image, saved_few_shot
@@ -711,7 +714,7 @@ def test_captions_of_any_bytes_are_read_or_refused_by_name(tmp_path_factory, dat
 
 # ---- checkpoints of others
 
-their_names = st.one_of(st.sampled_from(released.NEEDED), st.text(max_size=5))
+their_names = st.one_of(st.sampled_from(NEEDED), st.text(max_size=5))
 TENSORS = [torch.ones(4, 4), torch.ones(2, 3, 4, 4), torch.zeros(0)]
 odd_or_tensor = st.one_of(*map(st.just, TENSORS), odd)
 
@@ -722,7 +725,7 @@ def test_a_checkpoint_of_any_content_is_converted_or_refused(state, wrapped):
     else: raise AssertionError('it cannot be a model of MoE-Adapters4CL')
 
 THEIRS = {
-    **dict.fromkeys(released.NEEDED, (8, 8)),
+    **dict.fromkeys(NEEDED, (8, 8)),
     'visual.conv1.weight': (8, 3, 4, 4),
     'visual.positional_embedding': (5, 8),
     'token_embedding.weight': (20, 8),
@@ -735,7 +738,7 @@ MORE = [
 ]
 REASONS = ['visual', 'text', 'checkpoint', 'heads', 'transformer', 'positional', 'token', 'CLIP', 'top_k']
 other_shapes = st.dictionaries(
-    st.sampled_from(released.NEEDED), st.lists(st.integers(0, 9), max_size=4), max_size=2)
+    st.sampled_from(NEEDED), st.lists(st.integers(0, 9), max_size=4), max_size=2)
 
 @given(other_shapes, st.sampled_from(MORE), st.sampled_from([None, 1, 2, 3, 0, -1]))
 def test_tensors_of_any_shapes_under_their_names_are_refused(shapes, name, heads):
@@ -880,7 +883,7 @@ EXPERTS = dict(
 @example('shared_init', 'no')
 @example('n_experts', True)
 def test_settings_of_experts_are_of_their_kind_or_refused_by_name(name, value):
-    try: check_sizes(**{**EXPERTS, name: value})
+    try: Experts(**{**EXPERTS, name: value})
     except ValueError as e:
         assert name in str(e)
         return
@@ -925,7 +928,7 @@ REFUSED = [
 @pytest.mark.parametrize('override', REFUSED)
 def test_an_odd_setting_on_the_command_line_is_refused_and_named(monkeypatch, override):
     def trains(*args): raise AssertionError('it would have been trained')
-    monkeypatch.setattr(cli, 'run', trains)
-    with pytest.raises((cli.UsageError, HydraException)) as e:
-        cli.job(cli.composed('stream=toy', 'model=random', override), progress=False)
+    monkeypatch.setattr(job, 'run', trains)
+    with pytest.raises((job.UsageError, HydraException)) as e:
+        job.job(composed('stream=toy', 'model=random', override), progress=False)
     assert override.split('=')[0].split('.')[-1] in str(e.value)

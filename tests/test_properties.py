@@ -10,19 +10,19 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from moe_merge_nb.layer.adapt import AdaptedCLIP, trainable
-from moe_merge_nb.layer.experts import Expert, many, read, write
+from moe_merge_nb.layer.experts import Expert, balance, many, read, write
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.mix import mix_gathered, mix_loop, mix_segments, mix_selected, mix_stacked
 from moe_merge_nb.layer.moe import MoE, Routing, mixture
 from moe_merge_nb.layer.router import top_k_gates, top_p_gates
 from moe_merge_nb.learn.metrics import mtil_metrics
-from moe_merge_nb.safe.batches import batch_indices
 from moe_merge_nb.learn.settings import lr_factor
+from moe_merge_nb.merge.align import align
+from moe_merge_nb.merge.combine import choose, mean, usage_weighted
 from moe_merge_nb.merge.freeze import freeze_most_used, most_used
 from moe_merge_nb.merge.rule import Merge, merge_iterations, merge_once
-from moe_merge_nb.merge.align import align
-from moe_merge_nb.layer.experts import balance
-from moe_merge_nb.merge.combine import choose, mean, usage_weighted
 from moe_merge_nb.merge.usage import Usage, since, usage_rows
+from moe_merge_nb.safe.batches import batch_indices
 from moe_merge_nb.safe.checkpoint import read_tree, write_tree
 from moe_merge_nb.streams.images import few_shot, saved_few_shot
 
@@ -79,8 +79,7 @@ def a_mixture(draw, shared_init=None):
     if shared_init is None: shared_init = draw(st.booleans())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        how = dict(shared_init=shared_init, gate=lambda h: top_k_gates(h, k))
-        moe = MoE('image', block=0, width=width, n_experts=n, rank=rank, **how)
+        moe = MoE('image', 0, width, Experts(n, rank, top_k=k, shared_init=shared_init))
         moe.add_task()
         for p in moe.parameters(): torch.nn.init.normal_(p)
     return moe.eval(), k

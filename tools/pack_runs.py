@@ -4,8 +4,8 @@
     python tools/pack_runs.py FOLDER     # the same with another folder for runs/"""
 import sys
 from pathlib import Path
-from moe_merge_nb.learn.results import Result
 from moe_merge_nb.learn.pack import load_results, pack
+from moe_merge_nb.learn.results import Result
 from moe_merge_nb.study.measured import CHOICES, FIELDS, FOLDER, MADE, STUDY, ordered, store
 
 FULL = {  # with the experts of a few runs

@@ -11,15 +11,15 @@ import io
 from pathlib import Path
 import pandas as pd
 import torch
+from moe_merge_nb.baselines.methods import method
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.run.config import FRESH
-from moe_merge_nb.baselines.methods import method
 from moe_merge_nb.safe.files import replacing
 from moe_merge_nb.safe.provenance import provenance
 from moe_merge_nb.streams.mini import mini
 from moe_merge_nb.streams.tasks import first
-from moe_merge_nb.study.watch import watched
+from moe_merge_nb.study.principle import watched
 
 OUT = Path(__file__).parents[1]/'moe_merge_nb'/'data'/'measured'/'principle.csv.gz'
 COLUMNS = [

@@ -1,4 +1,4 @@
-"""Leave fewer experts in finished runs by every rule of `config.REWRITES`, without and with recovery.
+"""Leave fewer experts in finished runs by every rule of `rewrites.rules.REWRITES`, without and with recovery.
 
     python tools/reduce_runs.py shared runs/shared/*          # adapters trained with experts.shared_init=true
     python tools/reduce_runs.py own runs/study/moe-seed*      # the others: rules that need a common start are left out

@@ -3,19 +3,19 @@ CSV per run.
 
     python tools/tune_baselines.py [OUT.csv]  # about a minute or two a row on one core; rows that are there are kept
 """
+import argparse
 import csv
-import sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from moe_merge_nb.baselines.icarl import ICaRL
 from moe_merge_nb.baselines.lwf import LwF
+from moe_merge_nb.baselines.methods import TRAIN, method
 from moe_merge_nb.baselines.wise_ft import WiSEFT
 from moe_merge_nb.baselines.zscl import ZSCL
-from moe_merge_nb.learn.metrics import mtil_metrics
 from moe_merge_nb.learn.loop import run
+from moe_merge_nb.learn.metrics import mtil_metrics
 from moe_merge_nb.learn.results import accuracy_matrix
-from moe_merge_nb.baselines.methods import TRAIN, method
 from moe_merge_nb.streams.mini import mini
 from moe_merge_nb.streams.tasks import Stream, first
 
@@ -59,7 +59,9 @@ def known(path: Path) -> set[tuple]:
     with path.open() as f: return {tuple(r[:3]) for r in csv.reader(f)}
 
 if __name__ == '__main__':
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else 'runs/tune_baselines.csv')
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('out', nargs='?', type=Path, default=Path('runs/tune_baselines.csv'))
+    out = p.parse_args().out
     out.parent.mkdir(parents=True, exist_ok=True)
     done, stream = known(out), first(mini(data_seed=50), 5)
     for name, lr, baseline in TRIED:
