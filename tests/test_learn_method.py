@@ -7,7 +7,8 @@ from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.merge.rule import Merge
-from moe_merge_nb.learn.train import *
+from moe_merge_nb.learn.learner import *
+from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.callbacks import *
 from moe_merge_nb.learn.method import *
 
@@ -72,7 +73,7 @@ def test_what_could_not_be_learned_is_refused_before_training():
 
 
 def test_a_function_of_ones_own_is_written_down_by_name_and_source():
-    from moe_merge_nb.merge.combine import mean, usage_weighted
+    from moe_merge_nb.merge.combine import mean
     def own(**how): return describe(toy_stream(2), Method('m', merge=Merge(**how)), seed=0)
     assert own()['sources'] == {} and own(combine=mean)['merge']['combine'] == 'mean'
     said = own(combine='torch.nn.functional.relu')
@@ -84,4 +85,5 @@ def test_what_no_other_process_can_import_is_refused_with_the_remedy():
                    dict(predict=lambda view: view.logits(-1))):
         with pytest.raises(ValueError, match='no other process can import.*my_parts.py'):
             check_importable(Method('m', **change))
+    from moe_merge_nb.merge.combine import usage_weighted
     check_importable(Method('m', merge=Merge(combine=usage_weighted)))

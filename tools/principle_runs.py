@@ -19,7 +19,7 @@ from moe_merge_nb.safe.files import replacing
 from moe_merge_nb.safe.provenance import provenance
 from moe_merge_nb.streams.mini import mini
 from moe_merge_nb.streams.tasks import first
-from moe_merge_nb.study.principle import watched
+from moe_merge_nb.study.watch import watched
 
 OUT = Path(__file__).parents[1]/'moe_merge_nb'/'data'/'measured'/'principle.csv.gz'
 COLUMNS = [

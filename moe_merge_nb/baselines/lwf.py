@@ -84,16 +84,6 @@ class LwF(Callback):
         "What is remembered; empty at first."
         return LwFRun()
 
-    def snapshot(self)->dict: return dict(teacher=self.run.teacher.state_dict(), w=self.run.w)
-
-    def resume(self,
-        learner:Learner,
-        snapshot:dict,
-    ):
-        fill(self.run.teacher, snapshot['teacher'], 'the teacher of this checkpoint')
-        w = snapshot['w']
-        self.run.w = None if w is None else w.to(learner.tokens.device)
-
 # %% ../../nbs/7_baselines/01_lwf.ipynb #5b5573b4
 @patch
 def before_task(self:LwF, learner:Learner):
@@ -104,6 +94,7 @@ def before_task(self:LwF, learner:Learner):
     run.tokens = torch.cat(tokens) if tokens else None
     run.w = encode_text(run.teacher, run.tokens) if tokens else None
 
+# %% ../../nbs/7_baselines/01_lwf.ipynb #6a1453aa
 @patch
 def loss(self:LwF,
     learner:Learner,
@@ -120,6 +111,19 @@ def loss(self:LwF,
     t = class_logits(z, run.w, clip.logit_scale).split(run.sizes, dim=1)
     return self.weight * sum(distil(s_q, t_q, self.temperature) for s_q, t_q in zip(s, t))
 
+# %% ../../nbs/7_baselines/01_lwf.ipynb #e214158f
 @patch
 def after_task(self:LwF, learner:Learner):
     self.run.teacher = self.run.w = None                                    # as large as the model
+
+@patch
+def snapshot(self:LwF)->dict: return dict(teacher=self.run.teacher.state_dict(), w=self.run.w)
+
+@patch
+def resume(self:LwF,
+    learner:Learner,
+    snapshot:dict,
+):
+    fill(self.run.teacher, snapshot['teacher'], 'the teacher of this checkpoint')
+    w = snapshot['w']
+    self.run.w = None if w is None else w.to(learner.tokens.device)

@@ -112,6 +112,7 @@ def learn(self:Dual,
     self.tasks = [*self.tasks, (z, y, C)]
     self.alpha = torch.cholesky_solve(F.one_hot(self.y, C).to(z), self.L) # (images, C)
 
+# %% ../../nbs/7_baselines/05_rail.ipynb #d10aa8ab
 def check_most(
     n:int, # images
     most:int, # that may be kept

@@ -8,6 +8,7 @@ __all__ = ['interpolate', 'WiSEFTRun', 'WiSEFT']
 # %% ../../nbs/7_baselines/02_wise_ft.ipynb #cfc711c4
 from dataclasses import dataclass, field
 from functools import cached_property
+from fastcore.basics import patch
 import torch
 from torch import nn, Tensor
 from ..learn.learner import Callback, Learner
@@ -28,6 +29,7 @@ class WiSEFTRun:
     "What WiSE-FT remembers while a task is learned."
     weights:list[Tensor]=field(default_factory=list) # of the reference
 
+# %% ../../nbs/7_baselines/02_wise_ft.ipynb #6c0b312d
 @dataclass(frozen=True)
 class WiSEFT(Callback):
     "After each task, average the weights with a reference's (WiSE-FT, arXiv 2109.01903)."
@@ -45,18 +47,23 @@ class WiSEFT(Callback):
         "What is remembered; empty at first."
         return WiSEFTRun()
 
-    def before_task(self, learner:Learner):
-        clip = learner.model.clip if self.reference == 'before' else learner.clip
-        self.run.weights = [p.detach().clone() for p in clip.parameters()]
+# %% ../../nbs/7_baselines/02_wise_ft.ipynb #a20a8107
+@patch
+def before_task(self:WiSEFT, learner:Learner):
+    clip = learner.model.clip if self.reference == 'before' else learner.clip
+    self.run.weights = [p.detach().clone() for p in clip.parameters()]
 
-    def after_task(self, learner:Learner):
-        interpolate(learner.model.clip, self.run.weights, self.alpha)
-        self.run.weights = []
+@patch
+def after_task(self:WiSEFT, learner:Learner):
+    interpolate(learner.model.clip, self.run.weights, self.alpha)
+    self.run.weights = []
 
-    def snapshot(self)->dict: return dict(weights=self.run.weights)
+@patch
+def snapshot(self:WiSEFT)->dict: return dict(weights=self.run.weights)
 
-    def resume(self,
-        learner:Learner,
-        snapshot:dict,
-    ):
-        self.run.weights = [w.to(learner.tokens.device) for w in snapshot['weights']]
+@patch
+def resume(self:WiSEFT,
+    learner:Learner,
+    snapshot:dict,
+):
+    self.run.weights = [w.to(learner.tokens.device) for w in snapshot['weights']]

@@ -202,6 +202,7 @@ def prepare(self:ZSCL, learner:Learner):
     z, w = zip(*(look(i) for i in torch.arange(len(run.images)).split(128)))
     run.z, run.w = torch.cat(z), torch.cat(w)
 
+# %% ../../nbs/7_baselines/03_zscl.ipynb #21623000
 @patch
 def loss(self:ZSCL,
     learner:Learner,

@@ -89,8 +89,9 @@ def some_images(
 # %% ../../nbs/8_rewrites/11_reduce.ipynb #ba1065b9
 def compressed(model:AdaptedCLIP)->bool:
     "Has a rule compressed its experts? Trained freely they would not stay so."
-    return any(getattr(m, 'stored', None) is not None for m in model.moes)
+    return any(m.stored is not None for m in model.moes)
 
+# %% ../../nbs/8_rewrites/11_reduce.ipynb #25a18abd
 def recover(
     model:AdaptedCLIP, # rewritten; a trained copy is returned
     before:AdaptedCLIP, # as it was
