@@ -27,6 +27,7 @@ from moe_merge_nb.learn.evaluate import *
 from moe_merge_nb.learn.metrics import mtil_metrics
 from moe_merge_nb.learn.results import *
 from moe_merge_nb.learn.saved import load_result
+from moe_merge_nb.learn.learner import Callback
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.callbacks import *
 from moe_merge_nb.learn.method import *
@@ -315,6 +316,7 @@ from moe_merge_nb.learn.loop import run
 from moe_merge_nb.learn.method import Method
 from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.streams.tasks import toy_stream
+from moe_merge_nb.learn.learner import Callback
 from moe_merge_nb.learn.settings import Train
 train = Train(iterations=10, batch=8, lr=1e-2, warmup=2)
 experts, selectors = dict(n_experts=6, rank=4, dropout=0.), ('oracle', 'gaussian')

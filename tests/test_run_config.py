@@ -2,6 +2,7 @@
 
 
 import pytest
+from omegaconf import MISSING
 from moe_merge_nb.run.config import *
 
 
