@@ -14,7 +14,7 @@ def toy_model(n_tasks=2, seed=0, n_experts=4):
     clip, tokenizer = load_clip('pico', 'random')
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AdaptedCLIP(clip, n_experts, rank=4, scale=1.)
+        model = AdaptedCLIP(clip, n_experts=n_experts, rank=4, scale=1.)
         for _ in range(n_tasks): model.add_task()
         for m in model.moes:
             for e in m.experts: torch.nn.init.normal_(e.up.weight, std=.3)

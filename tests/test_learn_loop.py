@@ -53,7 +53,7 @@ def small(name='moe_merge', **kw):
     return Method(name, **{**usual, **kw})
 def shortened(m, iterations, **kw):
     "A method of the configuration with four experts at most and batches of four images."
-    few = m.experts and {**m.experts, 'n_experts': min(4, m.experts['n_experts']), 'rank': 2}
+    few = m.experts and replace(m.experts, n_experts=min(4, m.experts.n_experts), rank=2)
     return replace(m, train=replace(m.train, iterations=iterations, warmup=1, batch=4), experts=few, **kw)
 def learned(method=None, n_tasks=2, seed=0, **kw):
     "What a method makes of the toy stream."

@@ -2,7 +2,7 @@
 
 
 import numpy as np, pytest, torch
-from moe_merge_nb.streams.tasks import Images, Stream, Task, first, reorder, stack, toy_stream
+from moe_merge_nb.streams.tasks import STREAMS, Images, Stream, Task, first, reorder, stack, toy_stream
 
 
 def test_a_batch_is_the_single_images_stacked():
