@@ -8,7 +8,8 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
-extras = {name: shlex.split(cfg[f'{name}_requirements']) for name in ('dev', 'pretrain', 'track', 'oracle', 'ray', 'slurm')}
+extras = {name: shlex.split(cfg[f'{name}_requirements'])
+          for name in ('dev', 'pretrain', 'track', 'oracle', 'ray', 'slurm')}
 notebooks = f"{cfg['lib_name']}.notebooks"  # the figure notebooks travel in the wheel: `moe-merge-report` runs them
 
 setuptools.setup(

@@ -2,19 +2,23 @@
 
 
 import copy
+from dataclasses import asdict
 import pytest, torch
 from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.learn.train import *
+from moe_merge_nb.learn.settings import *
+from moe_merge_nb.learn.learner import *
 from moe_merge_nb.baselines.wise_ft import *
 
 
 def taught(baseline, toy=toy_stream(2)):
-    "The original random pico, the model before the second task and the one after it, beside `baseline`, which is told at the end."
+    "The original random pico, the model before the second task and the one after it, beside `baseline`."
     clip, tokenizer = load_clip('pico', 'random')
     model = AdaptedCLIP(copy.deepcopy(clip), n_experts=0).eval()
-    known = dict(tokenizer=tokenizer, settings=Train(iterations=3, batch=8, lr=1e-3, warmup=1), tune='backbone', clip=clip)
+    settings = Train(iterations=3, batch=8, lr=1e-3, warmup=1)
+    known = dict(tokenizer=tokenizer, settings=settings, tune='backbone', clip=clip)
     train_task(model, toy[0], 0, **known)
     before = copy.deepcopy(model.clip)
     train_task(model, toy[1], 1, **known, callbacks=[baseline])
@@ -39,6 +43,6 @@ def test_settings_stay_settings():
     wise = WiSEFT()
     mine = copy.deepcopy(wise)
     taught(mine)
-    assert mine == wise and list(vars(mine)) == ['alpha', 'reference']
+    assert mine == wise and asdict(mine) == dict(alpha=.5, reference='before') and not mine.run.weights
     for bad in (dict(alpha=1.5), dict(reference='mean')):
         with pytest.raises(ValueError, match=str(*bad.values())): WiSEFT(**bad)

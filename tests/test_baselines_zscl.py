@@ -2,12 +2,15 @@
 
 
 import copy
+from dataclasses import asdict
 import pytest, torch
 from PIL import Image
 from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.streams.mini import DOMAINS
+from moe_merge_nb.learn.learner import *
+from moe_merge_nb.learn.settings import *
 from moe_merge_nb.learn.train import *
 from moe_merge_nb.baselines.zscl import *
 
@@ -24,7 +27,8 @@ def learner_of(clip, tokenizer, baseline, task=toy_stream()[0]):
     "A learner in the state in which callbacks meet it, `baseline` told."
     model = AdaptedCLIP(copy.deepcopy(clip), n_experts=0).eval()
     params = [p.requires_grad_(p is not model.logit_scale) for p in model.clip.parameters()]
-    learner = Learner(model, task, 0, torch.optim.SGD(params[:-1], 1e-3), Train(iterations=4, warmup=0), tokenizer, tokenizer(prompts(task)), clip)
+    known = dict(optimizer=torch.optim.SGD(params[:-1], 1e-3), settings=Train(iterations=4, warmup=0), clip=clip)
+    learner = Learner(model, task, 0, **known, tokenizer=tokenizer, tokens=tokenizer(prompts(task)))
     baseline.before_task(learner)
     return learner
 
@@ -35,11 +39,15 @@ def test_the_loss_is_zero_at_the_frozen_model_and_its_gradient_leads_back():
         zscl = ZSCL(n=24, batch=24, texts=texts)
         learner = learner_of(clip, tokenizer, zscl)
         assert zscl.loss(learner, *stack(learner.task.test)).item() < 1e-6
-        with torch.no_grad(): [p.add_(.02 * torch.randn_like(p)) for p in learner.model.clip.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for p in learner.model.clip.parameters():
+                if p.requires_grad: p.add_(.02 * torch.randn_like(p))
         losses = []
         for _ in range(8):
             loss = zscl.loss(learner, *stack(learner.task.test))
-            learner.optimizer.zero_grad(); loss.backward(); learner.optimizer.step()
+            learner.optimizer.zero_grad()
+            loss.backward()
+            learner.optimizer.step()
             losses.append(loss.item())
         assert losses[0] > 1e-3 and losses[-1] < losses[0]
 
@@ -51,7 +59,8 @@ def test_the_weights_that_remain_are_the_mean_of_the_snapshots():
     def flat(learner): return torch.cat([p.detach().flatten() for p in learner.model.clip.parameters()])
     clip, tokenizer = load_clip('pico', 'random')
     model, look = AdaptedCLIP(copy.deepcopy(clip), n_experts=0).eval(), Snapshots()
-    learner = train_task(model, toy_stream()[0], 0, tokenizer, Train(iterations=10, batch=8, lr=1e-3, warmup=2), 'backbone', [look, ZSCL(every=3, n=16, batch=8)], clip=clip)
+    known = dict(settings=Train(iterations=10, batch=8, lr=1e-3, warmup=2), tune='backbone', clip=clip)
+    learner = train_task(model, toy_stream()[0], 0, tokenizer, **known, callbacks=[look, ZSCL(every=3, n=16, batch=8)])
     assert len(look.seen) == 4
     torch.testing.assert_close(flat(learner), torch.stack(look.seen).mean(0))
     assert (flat(learner) - look.seen[-1]).abs().max() > 1e-4
@@ -80,7 +89,8 @@ def test_a_folder_is_read_and_what_it_lacks_is_named():
         with pytest.raises(ValueError, match='captions.txt is missing'): reference(d, 4, 0, 32)
         (Path(d)/'captions.txt').write_text('one thing\n\nanother thing\n')
         images, captions = reference(d, 4, 0, 32)
-        assert len({int(x[0, 0, 0]) for x in images.images} & {40 * i for i in range(6)}) == 4 and (images.images[:, 1] == 7).all()
+        reds = {int(x[0, 0, 0]) for x in images.images}
+        assert len(reds & {40 * i for i in range(6)}) == 4 and (images.images[:, 1] == 7).all()
         assert len(captions) == 4 and set(captions) == {'one thing', 'another thing'}
         assert torch.equal(images.images, reference(d, 4, 0, 32)[0].images)
 
@@ -89,9 +99,10 @@ def test_settings_stay_settings():
     zscl, (clip, tokenizer) = ZSCL(n=8, batch=4), load_clip('pico', 'random')
     mine = copy.deepcopy(zscl)
     learner_of(clip, tokenizer, mine)
-    assert mine == zscl and 'images' in vars(mine) and 'images' not in vars(zscl)
+    assert mine == zscl and asdict(mine) == asdict(zscl)
+    assert len(mine.run.images) == 8 and zscl.run.images is None
     other = copy.deepcopy(mine)
-    other.mean[0].zero_()
-    assert not torch.equal(other.mean[0], mine.mean[0])
+    other.run.mean[0].zero_()
+    assert not torch.equal(other.run.mean[0], mine.run.mean[0])
     with pytest.raises(ValueError, match='every is 0'): ZSCL(every=0)
     with pytest.raises(ValueError, match="texts is 'both'"): ZSCL(texts='both')

@@ -1,11 +1,49 @@
-"""The commands as a user types them, in processes of their own. Starting Python and importing torch costs more than what is tested, so only the sweep starts anew; the other
-commands are children of one process that has everything imported and has done nothing yet. They have their own output, their own signals and their own exit code."""
-import json, os, signal, subprocess, sys, time
+"""The commands as a user types them, in processes of their own.
+
+Starting Python and importing torch costs more than what is tested, so only the sweep starts anew. The other commands
+are children of one process that has everything imported and has done nothing yet. They have their own output, their
+own signals and their own exit code."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 import pytest
 from moe_merge_nb.safe.checkpoint import read_tree
 
-TINY = ['stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=3', 'train.warmup=1', 'train.batch=8', 'experts.n_experts=4', 'experts.rank=2']
+TINY = [
+    'stream=toy',
+    'stream.n_tasks=2',
+    'model=random',
+    'train.iterations=3',
+    'train.warmup=1',
+    'train.batch=8',
+    'experts.n_experts=4',
+    'experts.rank=2',
+]
+SWEEP = [
+    'merge.combine=mean,my_rules.task_arithmetic',
+    'experts.shared_init=true',
+    'merge.every=1',
+    'merge.until=1',
+    'hydra/launcher=joblib',
+    'hydra.launcher.n_jobs=2',
+    'hydra.sweep.dir=sweep',
+    'hydra.sweep.subdir=${hydra.job.num}',
+]
+LONG = ['train.iterations=40', 'save_every=4', 'selectors=[oracle]', 'hydra.run.dir=run']
+BAD = [
+    ('experts.top_k=5', 'top_k is 5, but there are 4 experts'),
+    ('experts.ranks=8', 'ranks'),
+    ('method=moo', 'moo'),
+]
+
+RULE = '''
+def task_arithmetic(states, counts, base):
+    return {n: base[n] + 0.5 * sum(s[n] - base[n] for s in states) for n in base}
+'''
 
 SERVER = '''
 import json, os, sys
@@ -16,59 +54,89 @@ for line in sys.stdin:
     elif pid := os.fork(): print(pid, flush=True)
     else:
         os.chdir(cwd)
-        for fd, name in ((0, os.devnull), (1, 'out.txt'), (2, 'err.txt')): os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
+        for fd, name in ((0, os.devnull), (1, 'out.txt'), (2, 'err.txt')):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
         sys.argv = ['moe-merge', *value]
         sys.exit(cli.main())
 '''
 
+class Server:
+    "One process that has everything imported; it starts commands and waits for them."
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, *question):
+        self.process.stdin.write(json.dumps(question) + '\n')
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, args, cwd):
+        "`moe-merge` with these arguments in a directory: its process id."
+        return self.ask('start', args, str(cwd))
+
+    def wait(self, pid):
+        "The exit code of a process."
+        return self.ask('wait', pid, '')
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+
 @pytest.fixture(scope='module')
 def server():
-    "Starts `moe-merge` with these arguments in a directory: its process id; and waits for a process: its exit code."
-    s = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    def ask(*question):
-        s.stdin.write(json.dumps(question) + '\n')
-        s.stdin.flush()
-        return int(s.stdout.readline())
-    yield (lambda args, cwd: ask('start', args, str(cwd))), (lambda pid: ask('wait', pid, ''))
-    s.stdin.close()
-    s.wait(60)
+    s = Server()
+    yield s
+    s.end()
 
 def test_a_sweep_runs_every_combination_side_by_side_and_finds_a_rule_of_ones_own(tmp_path):
-    (tmp_path/'my_rules.py').write_text('def task_arithmetic(states, counts, base):\n    return {n: base[n] + 0.5 * sum(s[n] - base[n] for s in states) for n in base}\n')
-    rules = 'merge.combine=mean,my_rules.task_arithmetic'
-    args = ['-m', *TINY, rules, 'experts.shared_init=true', 'merge.every=1', 'merge.until=1', 'hydra/launcher=joblib', 'hydra.launcher.n_jobs=2', 'hydra.sweep.dir=sweep', 'hydra.sweep.subdir=${hydra.job.num}']
-    done = subprocess.run([str(Path(sys.executable).with_name('moe-merge')), *args], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    (tmp_path/'my_rules.py').write_text(RULE)
+    command = [str(Path(sys.executable).with_name('moe-merge')), '-m', *TINY, *SWEEP]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     configs = [json.loads((tmp_path/'sweep'/n/'config.json').read_text()) for n in '01']
-    assert configs[0]['merge']['combine'] == 'mean' and 'task_arithmetic' in configs[1]['merge']['combine']
+    assert configs[0]['merge']['combine'] == 'mean'
+    assert 'task_arithmetic' in configs[1]['merge']['combine']
     events = [(tmp_path/'sweep'/n/'events.jsonl').read_text() for n in '01']
     assert all(e.count('"merge"') > 0 for e in events)
 
-@pytest.mark.parametrize('bad, says', [('experts.top_k=5', 'top_k is 5, but there are 4 experts'), ('experts.ranks=8', 'ranks'), ('method=moo', 'moo')])
+@pytest.mark.parametrize('bad, says', BAD)
 def test_bad_settings_end_with_one_message_and_leave_nothing(server, tmp_path, bad, says):
-    start, wait = server
-    code, said = wait(start([*TINY, bad], tmp_path)), (tmp_path/'err.txt').read_text()
-    assert code != 0 and says in said and 'Traceback' not in said
+    code = server.wait(server.start([*TINY, bad], tmp_path))
+    said = (tmp_path/'err.txt').read_text()
+    assert code != 0
+    assert says in said and 'Traceback' not in said
     assert not list(tmp_path.rglob('config.json'))
 
+def saved(run):
+    "How far a run is: tasks done, iterations of the next one."
+    path = run/'checkpoint.safetensors'
+    if not path.is_file(): return 0, 0
+    try: tree = read_tree(path)
+    except (OSError, RuntimeError): return 0, 0  # it is being replaced at this moment
+    snapshot = tree['snapshot'] or {}
+    if 'task' in snapshot: return tree['done'], snapshot['task']['iteration']
+    return tree['done'], 40 if snapshot else 0
+
+def interrupted(server, cwd, args, number):
+    "Start the command, and end it with this signal when more is saved than before; its exit code."
+    before, until = saved(cwd/'run'), time.time() + 300
+    pid = server.start(args, cwd)
+    while saved(cwd/'run') <= before:
+        assert time.time() < until
+        time.sleep(.1)
+    os.kill(pid, number)
+    return server.wait(pid)
+
 def test_ctrl_c_and_sigterm_end_a_run_with_130_and_143_and_the_same_command_goes_on(server, tmp_path):
-    start, wait = server
-    args, run = [*TINY, 'train.iterations=40', 'save_every=4', 'selectors=[oracle]', 'hydra.run.dir=run'], tmp_path/'run'
-    def saved():
-        "How far the run is: tasks done, iterations of the next one."
-        if not (run/'checkpoint.safetensors').is_file(): return 0, 0
-        try: tree = read_tree(run/'checkpoint.safetensors')
-        except (OSError, RuntimeError): return 0, 0                         # it is being replaced at this moment
-        return tree['done'], tree['snapshot']['task']['iteration'] if 'task' in (tree['snapshot'] or {}) else 40 * bool(tree['snapshot'])
-    before = 0, 0
+    args, run = [*TINY, *LONG], tmp_path/'run'
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        pid, until = start(args, tmp_path), time.time() + 300
-        while saved() <= before: assert time.time() < until; time.sleep(.1)
-        os.kill(pid, number)
-        assert wait(pid) == code
+        before = saved(run)
+        assert interrupted(server, tmp_path, args, number) == code
         said = (tmp_path/'err.txt').read_text()
-        assert 'the same command goes on from' in said and 'Traceback' not in said and not (run/'.lock.owner').exists()
-        assert saved() > before
-        before = saved()
-    assert wait(start(args, tmp_path)) == 0
-    assert len((run/'matrix.csv').read_text().splitlines()) == 1 + 2 * 2 and not list(run.glob('checkpoint*'))
+        assert 'the same command goes on from' in said and 'Traceback' not in said
+        assert not (run/'.lock.owner').exists()
+        assert saved(run) > before
+    assert server.wait(server.start(args, tmp_path)) == 0
+    assert len((run/'matrix.csv').read_text().splitlines()) == 1 + 2 * 2
+    assert not list(run.glob('checkpoint*'))

@@ -1,17 +1,37 @@
-"Names and prompts of the real benchmark beside those of the package clip-benchmark, where it has them: `pip install --no-deps clip-benchmark`."
+"""Names and prompts of the real benchmark beside those of the package clip-benchmark, where it has them.
+
+A development check: `pip install --no-deps clip-benchmark`."""
 import json
 from pathlib import Path
 import pytest
-from moe_merge_nb.streams.datasets import names_of, templates_of
+from moe_merge_nb.streams.sources import names_of, templates_of
+
+NAMES = dict(Flowers='flowers', EuroSAT='eurosat', MNIST='mnist', OxfordPet='pets')
+PROMPTS = dict(
+    Aircraft='fgvc_aircraft',
+    Caltech101='caltech101',
+    CIFAR100='cifar100',
+    DTD='dtd',
+    EuroSAT='eurosat',
+    Flowers='flowers',
+    MNIST='mnist',
+    OxfordPet='pets',
+    SUN397='sun397',
+)
+
+def plain(names):
+    "As CLIP's tokenizer sees them: no case and no double spaces."
+    return [' '.join(n.lower().split()) for n in names]
 
 def test_names_and_prompts_agree_with_clip_benchmark():
-    found = pytest.importorskip('clip_benchmark.datasets') # a development check: `pip install --no-deps clip-benchmark`
-    here = Path(found.__path__[0])
-    classes, templates = (json.loads((here/f'en_{f}.json').read_text()) for f in ('classnames', 'zeroshot_classification_templates'))
-    plain = lambda names: [' '.join(n.lower().split()) for n in names] # CLIP's tokenizer sees no case and no double spaces
-    for ours, theirs in dict(Flowers='flowers', EuroSAT='eurosat', MNIST='mnist', OxfordPet='pets').items(): assert plain(names_of(ours).values()) == plain(classes[theirs])
-    assert plain(names_of('Caltech101').values()) == plain(classes['caltech101'][1:]) # theirs begins with 'background'
-    own = dict(Aircraft='fgvc_aircraft', Caltech101='caltech101', CIFAR100='cifar100', DTD='dtd', EuroSAT='eurosat', Flowers='flowers', MNIST='mnist', OxfordPet='pets', SUN397='sun397')
-    for ours, theirs in own.items(): assert list(templates_of(ours)) == [t.replace('{c}', '{}') for t in templates[theirs]]
-    assert list(templates_of('StanfordCars')[1:]) == [t.replace('{c}', '{}') for t in templates['cars']]
-    assert templates_of('Food')[0].replace('a photo of a', 'a photo of') == templates['food101'][0].replace('{c}', '{}')
+    here = Path(pytest.importorskip('clip_benchmark.datasets').__path__[0])
+    classes = json.loads((here/'en_classnames.json').read_text())
+    templates = json.loads((here/'en_zeroshot_classification_templates.json').read_text())
+    theirs = lambda name: [t.replace('{c}', '{}') for t in templates[name]]
+    for ours, name in NAMES.items():
+        assert plain(names_of(ours).values()) == plain(classes[name])
+    assert plain(names_of('Caltech101').values()) == plain(classes['caltech101'][1:])  # theirs has 'background'
+    for ours, name in PROMPTS.items():
+        assert list(templates_of(ours)) == theirs(name)
+    assert list(templates_of('StanfordCars')[1:]) == theirs('cars')
+    assert templates_of('Food')[0].replace('a photo of a', 'a photo of') == theirs('food101')[0]

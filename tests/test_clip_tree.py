@@ -11,12 +11,13 @@ from moe_merge_nb.clip.tree import *
 def test_every_prompt_is_a_path_of_the_tree():
     _, tokenizer = load_clip('pico', 'random')
     tokens = tokenizer(['a photo of a cat.', 'a photo of a dog.', 'a photo of a dog', 'a drawing of a cat.'])
-    t = tree(tokens)
+    t, prefixes = tree(tokens), set()
     for prompt, end in zip(tokens, t.ends):
         path = t.sees[end].nonzero().flatten()                          # parents come before children
-        assert t.depth[path].tolist() == list(range(len(path))) and t.token[path].tolist() == prompt[:len(path)].tolist()
-        assert len(path) == prompt.argmax() + 1
-    prefixes = {tuple(p[:i + 1]) for p, e in zip(tokens.tolist(), tokens.argmax(-1)) for i in range(e + 1)}
+        n = int(prompt.argmax()) + 1
+        assert len(path) == n and t.depth[path].tolist() == list(range(n))
+        assert t.token[path].tolist() == prompt[:n].tolist()
+        prefixes |= {tuple(prompt[:i + 1].tolist()) for i in range(n)}
     assert len(t.token) == len(prefixes)
 
 
@@ -32,18 +33,23 @@ def test_prompts_that_begin_differently_are_refused():
 
 def test_parts_hold_every_prompt_once_and_keep_to_the_limit():
     _, tokenizer = load_clip('pico', 'random')
-    tokens = tokenizer([f'a {kind} of a {thing}.' for kind in ('photo', 'drawing', 'sketch') for thing in ('cat', 'dog', 'car', 'cup', 'tree')])
+    THINGS = 'cat dog car cup tree'.split()
+    tokens = tokenizer([f'a {kind} of a {thing}.' for kind in ('photo', 'drawing', 'sketch') for thing in THINGS])
+    def nodes(prompts): return len(tree(tokens[prompts]).token)
     for most in (1, 12, 20, 35, 1000):
         found = parts(tokens, most)
         assert sorted(i for p in found for i in p) == list(range(15))
-        assert all(len(tree(tokens[p]).token) <= most or len(p) == 1 for p in found)
+        assert all(nodes(p) <= most or len(p) == 1 for p in found)
     assert len(parts(tokens, 1)) == 15 and len(parts(tokens, 1000)) == 1
-    assert all(len(tree(tokens[p + q[:1]]).token) > 20 for p, q in zip(parts(tokens, 20), parts(tokens, 20)[1:]))     # no room was left
+    found = parts(tokens, 20)
+    assert all(nodes(p + q[:1]) > 20 for p, q in zip(found, found[1:]))  # no room was left
 
 
 def test_a_tree_says_what_the_text_tower_says():
     clip, tokenizer = load_clip('pico')
-    tokens = tokenizer([f'a {kind} of {thing}.' for kind in ('photo', 'blurry photo', 'drawing') for thing in ('a cat', 'a dog', 'a large dog', 'two cups', 'the letter q', 'a cat')])
+    KINDS = ('photo', 'blurry photo', 'drawing')
+    THINGS = ('a cat', 'a dog', 'a large dog', 'two cups', 'the letter q', 'a cat')
+    tokens = tokenizer([f'a {kind} of {thing}.' for kind in KINDS for thing in THINGS])
     with torch.no_grad():
         plain = F.normalize(clip.encode_text(tokens), dim=-1)
         for most in (1, 30, 384):

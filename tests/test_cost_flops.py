@@ -5,13 +5,18 @@ import inspect
 import open_clip, pytest, torch
 import pandas as pd
 from torch import nn
-from moe_merge_nb.layer.adapt import *
 from moe_merge_nb.clip.backbone import *
 from moe_merge_nb.cost.flops import *
-from moe_merge_nb.streams.datasets import *
+from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.adapt import *
 from moe_merge_nb.layer.mix import *
-from moe_merge_nb.streams.tasks import *
+from moe_merge_nb.learn.settings import *
 from moe_merge_nb.learn.train import *
+from moe_merge_nb.streams.datasets import *
+from moe_merge_nb.streams.tasks import *
 
 
 def test_demand_is_known_without_images():
@@ -38,7 +43,9 @@ def test_a_frozen_block_needs_no_weight_gradients():
     for tower, N in dict(image=17, text=9).items():
         b, d = towers(clip)[tower][0], 128
         assert block_flops(b, N) == (24*N*d*d + 4*N*N*d, 24*N*d*d + 8*N*N*d)
-        for R in (1, 2): assert block_flops(b, N, R) == (4*N*d*d + 20*R*d*d + 4*R*N*d, 4*N*d*d + 20*R*d*d + 8*R*N*d)
+        for R in (1, 2):
+            linear = 4*N*d*d + 20*R*d*d
+            assert block_flops(b, N, R) == (linear + 4*R*N*d, linear + 8*R*N*d)
 
 
 def test_attention_is_counted_in_spite_of_the_fast_paths():
@@ -51,28 +58,35 @@ def test_attention_is_counted_in_spite_of_the_fast_paths():
 def test_formulas_agree_with_the_counter():
     clip, tokenizer = load_clip('pico', 'random')
     texts, images = tokenizer(['a red disc', 'a small green disc']), torch.randn(3, 3, 32, 32)
-    length = int(texts.argmax(1).max()) + 1
+    tokens = dict(image=image_tokens(clip), text=int(texts.argmax(1).max()) + 1)
+
+    def same(model, tower, encode, inputs):
+        n = len(inputs)
+        for training in (False, True):
+            model.train(training)
+            def once(): return encode(inputs, 0).sum().backward() if training else encode(inputs, 0)
+            assert counted(once) == n * sequence_flops(clip, tower, tokens[tower], Sizes(4, 8), training=training)
+        assert counted(lambda: encode(inputs, None)) == n * sequence_flops(clip, tower, tokens[tower])
+
     for way in (mix_gathered, mix_segments):
         model = AdaptedCLIP(clip, n_experts=4, rank=8, mix=lambda x, route, experts: way(x, route(x), experts))
         model.add_task()
         trainable(model)
-        for tower, encode, inputs, tokens in (('image', model.encode_image, images, image_tokens(clip)), ('text', model.encode_text, texts, length)):
-            for training in (False, True):
-                model.train(training)
-                def once(): return encode(inputs, 0).sum().backward() if training else encode(inputs, 0)
-                assert counted(once) == len(inputs) * sequence_flops(clip, tower, tokens, Sizes(4, 8), training)
-            assert counted(lambda: encode(inputs, None)) == len(inputs) * sequence_flops(clip, tower, tokens)
+        same(model, 'image', model.encode_image, images)
+        same(model, 'text', model.encode_text, texts)
 
 
 def test_the_image_tower_of_vit_b_16():
     clip = open_clip.create_model('ViT-B-16-quickgelu', device='meta')
+    image = torch.empty(1, 3, 224, 224, device='meta')
     assert image_tokens(clip) == 197
-    assert sequence_flops(clip, 'image', 197) == counted(lambda: clip.encode_image(torch.empty(1, 3, 224, 224, device='meta')))
+    assert sequence_flops(clip, 'image', 197) == counted(lambda: clip.encode_image(image))
 
 
 def test_evaluation_passes_by_hand():
     assert [passes(3, i) for i in range(3)] == [(3, 3), (2, 2), (1, 1)] # the oracle
-    # one fitted selector beside it, three tasks: task 0 is seen after each. After task 0 there is one router, then each selector may name another
+    # one fitted selector beside it, three tasks: task 0 is seen after each.
+    # After task 0 there is one router, then each selector may name another
     assert passes(3, 0, fitted=1) == (1 + 2 + 2, 1 + 2 + 3)
     assert passes(3, 2, fitted=1) == (1 + 1 + 2, 1 + 2 + 3) # not learned at first: only the fitted one names routers
 
@@ -82,10 +96,12 @@ def test_a_real_iteration_costs_what_the_table_says():
     stream = toy_stream(n_tasks=1, n_classes=3)
     task, model = stream[0], AdaptedCLIP(clip, n_experts=4, rank=8)
     length = int(tokenizer(prompts(task)).argmax(1).max()) + 1
-    row = run_flops(clip, [Demand('toy', 3, 48, 24, (length,))], Sizes(4, 8), iterations=2, batch=8).iloc[0]
+    toy, short = Demand('toy', 3, 48, 24, lengths=(length,)), Train(iterations=2, batch=8, warmup=1)
+    row = run_flops(clip, [toy], Sizes(4, 8), iterations=2, batch=8).iloc[0]
     model.add_task()
-    real = counted(lambda: train_task(model, task, 0, tokenizer, Train(iterations=2, batch=8, warmup=1)))
-    assert real == pytest.approx(row['training, images'] + row['training, prompts'], rel=.001) # the logits themselves are not in the table
+    real = counted(lambda: train_task(model, task, 0, tokenizer, settings=short))
+    wanted = row['training, images'] + row['training, prompts']
+    assert real == pytest.approx(wanted, rel=.001) # the logits themselves are not in the table
 
 
 def test_processes_share_images_but_not_prompts():
@@ -99,15 +115,18 @@ def test_memory_kept_is_predicted_for_other_sizes():
     model = AdaptedCLIP(clip, n_experts=4, rank=8)
     model.add_task()
     slopes = kept_bytes(model, lengths=(5, 10))
-    texts = torch.ones(7, 13, dtype=torch.long)
+    images, texts = torch.randn(5, 3, 32, 32), torch.ones(7, 13, dtype=torch.long)
     texts[:, -1] = clip.vocab_size - 1
     model.train()
-    assert saved_bytes(model, lambda: model.encode_image(torch.randn(5, 3, 32, 32), 0)) == pytest.approx(5*slopes.image, rel=.01)
-    assert saved_bytes(model, lambda: model.encode_text(texts, 0)) == pytest.approx(7*(slopes.prompt + 13*slopes.token), rel=.01)
+    by_images = saved_bytes(model, lambda: model.encode_image(images, 0))
+    by_texts = saved_bytes(model, lambda: model.encode_text(texts, 0))
+    assert by_images == pytest.approx(5*slopes.image, rel=.01)
+    assert by_texts == pytest.approx(7*(slopes.prompt + 13*slopes.token), rel=.01)
 
 
 def test_prompts_are_measured_where_they_run_by_segments():
-    def copied(n): return 2*n * 2*64*512*4 # bytes of weights that gathering would copy for n prompts: k experts each, rank r, width d, fp32
+    K, RANK, WIDTH, BYTES = 2, 64, 512, 4
+    def copied(n): return n * K * 2*RANK*WIDTH * BYTES # of weights that gathering would copy for n prompts
     assert copied(30) <= GATHER < copied(31)
     assert inspect.signature(kept_bytes).parameters['prompts'].default >= 31
 
@@ -120,5 +139,6 @@ def test_a_storage_is_counted_once_and_parameters_never():
 
 
 def test_memory_by_hand():
-    m = memory(10, dict(experts=6, routers=4), 2, Kept(100., 10., 1.), Demand('t', 3, 9, 9, (5, 7)), batch=2)
+    toy, kept = Demand('t', 3, 9, 9, lengths=(5, 7)), Kept(100., 10., 1.)
+    m = memory(10, dict(experts=6, routers=4), 2, kept, demand=toy, batch=2)
     assert m == {'CLIP, twice': 80, 'adapters': 40, 'gradients': 32, 'AdamW': 64, 'images': 200, 'prompts': 45}

@@ -16,21 +16,23 @@ def test_a_closed_expert_is_never_selected_and_the_others_keep_their_scores():
     torch.nn.init.normal_(r.gate)
     open_ = r(x0)
     r.closed[[0, 3]] = True
-    assert torch.equal(r(x0)[:, [1, 2, 4]], open_[:, [1, 2, 4]]) and (r(x0, noisy=True)[:, [0, 3]] == -torch.inf).all() and not top_k_gates(r(x0))[:, [0, 3]].any()
-
-
-def test_parts_of_a_batch_draw_the_noise_of_the_whole():
-    r, x0 = Router(8, 5), torch.randn(6, 8)
-    def draw(x0, **kw):
-        torch.manual_seed(3)
-        return r(x0, noisy=True, **kw)
-    assert torch.equal(draw(x0), torch.cat([draw(x0[2*i:2*i + 2], share=(i, 3)) for i in range(3)]))
+    assert torch.equal(r(x0)[:, [1, 2, 4]], open_[:, [1, 2, 4]])
+    assert (r(x0, noisy=True)[:, [0, 3]] == -torch.inf).all() and not top_k_gates(r(x0))[:, [0, 3]].any()
 
 
 def test_initial_noise_has_its_closed_form_size():
     torch.manual_seed(0)
     h = Router(8, 5)(torch.randn(20_000, 8), noisy=True)
     assert abs(h.std().item() - (math.log(2) + 0.01)) < 0.01
+
+
+def test_a_column_is_the_whole_say_on_one_expert():
+    for kind in ROUTERS.values():
+        r, x0 = kind(8, 5), torch.randn(6, 8)
+        torch.nn.init.normal_(r.gate)
+        before = r(x0)
+        with torch.no_grad(): r.column(3)[0].zero_()
+        assert not r(x0)[:, 3].any() and torch.equal(r(x0)[:, [0, 1, 2, 4]], before[:, [0, 1, 2, 4]])
 
 
 def test_gates_sum_to_one_and_k_are_open():
@@ -57,7 +59,8 @@ def test_top_p_opens_more_gates_for_flatter_scores():
     opened = [(top_p_gates(h / t, 0.6) > 0).sum().item() for t in (0.5, 1, 2, 8)]
     assert opened == sorted(opened) and opened[0] == 1 and opened[-1] > 2
     assert (top_p_gates(h, 0.) > 0).sum() == 1 and (top_p_gates(h, 1.) > 0).all()
-    assert (top_p_gates(torch.tensor([[16., -1., -1.]]), 1.) > 0).all() # where the mass of the better ones is rounded to more than 1
+    rounded = torch.tensor([[16., -1., -1.]])               # the mass of the better ones is rounded to more than 1
+    assert (top_p_gates(rounded, 1.) > 0).all()
 
 
 def test_top_p_is_strict_for_uniform_scores():

@@ -6,12 +6,14 @@ from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import *
 from moe_merge_nb.layer.adapt import *
-from moe_merge_nb.merge.rule import *
+from moe_merge_nb.merge.rule import Merge
+from moe_merge_nb.learn.learner import *
+from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.train import *
 from moe_merge_nb.learn.callbacks import *
 
 
-def trained(rule, n_tasks=1, **kw):
+def trained(rule, n_tasks=1, callbacks=()):
     "A small model after `n_tasks` toy tasks under `rule`, with its learners and the callback."
     clip, tokenizer = load_clip('pico', 'random')
     torch.manual_seed(0)
@@ -19,7 +21,8 @@ def trained(rule, n_tasks=1, **kw):
     learners = []
     for t, task in enumerate(toy_stream(n_tasks)):
         model.add_task()
-        learners.append(train_task(model, task, t, tokenizer, Train(iterations=16, batch=8, lr=1e-2, warmup=2), callbacks=[merge, FreezeMostUsed(), *kw.get('callbacks', [])]))
+        settings, around = Train(iterations=16, batch=8, lr=1e-2, warmup=2), [merge, FreezeMostUsed(), *callbacks]
+        learners.append(train_task(model, task, t, tokenizer, settings=settings, callbacks=around))
     return model, learners, merge
 
 
@@ -47,7 +50,8 @@ def test_a_fitted_merge_sees_what_the_blocks_read_and_training_goes_on_as_it_wou
 def test_the_window_starts_at_the_last_merge():
     for window, sums in (('since_last', [64, 64, 64]), ('task', [64, 128, 192])):
         _, learners, _ = trained(Merge(every=4, window=window))
-        assert [sum(e['counts']) for e in learners[0].events if e['kind'] != 'freeze' and e['tower'] == 'image' and e['block'] == 0] == sums
+        merges = [e for e in learners[0].events if e['kind'] != 'freeze' and (e['tower'], e['block']) == ('image', 0)]
+        assert [sum(e['counts']) for e in merges] == sums
 
 
 def test_the_moments_of_the_target_are_forgotten_and_only_those():
@@ -65,8 +69,11 @@ def test_the_moments_of_the_target_are_forgotten_and_only_those():
 
 def test_frozen_experts_are_never_overwritten_during_training():
     class Watch(Callback):
-        def before_task(self, learner): self.kept = [(m, e, read(m.experts[e])) for m in learner.model.moes for e in m.frozen.nonzero().flatten().tolist()]
-        def after_task(self, learner): self.ok = all(torch.equal(t, read(m.experts[e])[n]) for m, e, s in self.kept for n, t in s.items()) and len(self.kept) > 0
+        def before_task(self, learner):
+            self.kept = [(m.experts[e], read(m.experts[e])) for m in learner.model.moes for e in m.frozen.nonzero()]
+        def after_task(self, learner):
+            same = [torch.equal(t, read(expert)[n]) for expert, s in self.kept for n, t in s.items()]
+            self.ok = all(same) and len(same) > 0
     watch = Watch()
     trained(Merge(every=3), n_tasks=2, callbacks=[watch])
     assert watch.ok

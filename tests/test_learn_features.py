@@ -18,7 +18,7 @@ def toy_model(n_tasks=2, seed=0, n_experts=4):
         for _ in range(n_tasks): model.add_task()
         for m in model.moes:
             for e in m.experts: torch.nn.init.normal_(e.up.weight, std=.3)
-            for r in m.routers: [torch.nn.init.normal_(w) for w in r.parameters()]
+            for w in m.routers.parameters(): torch.nn.init.normal_(w)
     return model.eval(), tokenizer
 
 
@@ -35,16 +35,22 @@ def test_class_embeddings_average_unit_features_over_templates():
 def test_encoded_once_while_nothing_changes():
     net, tok = toy_model()
     (task,), encoder = toy_stream(1), Encoder(*toy_model(), batch=5)
+    images, labels = stack(task.test)
     for index in (torch.arange(0, 24, 2), torch.arange(24)):
-        for s in (0, 1): torch.testing.assert_close(encoder.images(task, index, s), net.encode_image(stack(task.test)[0][index], s).detach(), rtol=1e-4, atol=1e-4)
-        assert torch.equal(encoder.classes(task, 1), class_embeddings(net, tok, task, 1)) and torch.equal(encoder.plain(task, index)[1], stack(task.test)[1][index])
+        for s in (0, 1):
+            by_hand = net.encode_image(images[index], s).detach()
+            torch.testing.assert_close(encoder.images(task, index, s), by_hand, rtol=1e-4, atol=1e-4)
+        assert torch.equal(encoder.classes(task, 1), class_embeddings(net, tok, task, 1))
+        assert torch.equal(encoder.plain(task, index)[1], labels[index])
     assert encoder.passes == dict(images=24*3, prompts=6)
 
 
 def test_features_do_not_depend_on_which_images_are_encoded_together():
     (net, tok), (task,) = toy_model(), toy_stream(1)
     every = Encoder(net, tok).images(task, torch.arange(24), 0)
-    for n in (1, 2, 3, 5, 9): torch.testing.assert_close(Encoder(net, tok).images(task, torch.arange(n), 0), every[:n], rtol=1e-6, atol=1e-6)
+    for n in (1, 2, 3, 5, 9):
+        some = Encoder(net, tok).images(task, torch.arange(n), 0)
+        torch.testing.assert_close(some, every[:n], rtol=1e-6, atol=1e-6)
 
 
 def test_text_is_encoded_again_when_an_expert_it_used_has_changed():
@@ -54,7 +60,8 @@ def test_text_is_encoded_again_when_an_expert_it_used_has_changed():
     used, n = probe[1].gates[0] > 0, len(task.classes)*len(task.templates)
     for e in range(len(used)):
         Encoder(net, tok, cache).classes(task, 1)
-        write(text[1].experts[e], {name: t + .1 for name, t in read(text[1].experts[e]).items()})
+        expert = text[1].experts[e]
+        write(expert, {name: t + .1 for name, t in read(expert).items()})
         encoder = Encoder(net, tok, cache)
         torch.testing.assert_close(encoder.classes(task, 1), class_embeddings(net, tok, task, 1))
         assert encoder.passes['prompts'] == n*used[e]

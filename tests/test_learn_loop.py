@@ -5,207 +5,262 @@ from dataclasses import replace
 import pytest, torch
 from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.layer.experts import *
+from moe_merge_nb.merge.combine import *
+from moe_merge_nb.merge.align import *
+from moe_merge_nb.layer.experts import *
+from moe_merge_nb.merge.combine import *
+from moe_merge_nb.merge.align import *
+from moe_merge_nb.layer.experts import *
+from moe_merge_nb.merge.combine import *
+from moe_merge_nb.merge.align import *
+from moe_merge_nb.layer.experts import *
+from moe_merge_nb.merge.combine import *
+from moe_merge_nb.merge.align import *
 from moe_merge_nb.merge.rule import *
+from moe_merge_nb.merge.start import *
+from moe_merge_nb.merge.start import *
+from moe_merge_nb.merge.start import *
+from moe_merge_nb.merge.start import *
 from moe_merge_nb.learn.train import *
 from moe_merge_nb.learn.evaluate import *
+from moe_merge_nb.learn.metrics import mtil_metrics
 from moe_merge_nb.learn.results import *
+from moe_merge_nb.learn.saved import load_result
+from moe_merge_nb.learn.learner import Callback
+from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.callbacks import *
 from moe_merge_nb.learn.method import *
 from moe_merge_nb.safe.guard import *
 from moe_merge_nb.learn.state import *
+from moe_merge_nb.learn.recover import *
 from moe_merge_nb.learn.loop import *
 
 
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from moe_merge_nb.clip.backbone import pico_tokenizer
 torch.manual_seed(0)
-two_blocks = CLIP(16, CLIPVisionCfg(image_size=32, patch_size=16, width=16, layers=2, head_width=8), CLIPTextCfg(context_length=20, vocab_size=4514, width=16, heads=2, layers=2))
-backbone = two_blocks.eval().requires_grad_(False), pico_tokenizer()
+image = CLIPVisionCfg(image_size=32, patch_size=16, width=16, layers=2, head_width=8)
+text = CLIPTextCfg(context_length=20, vocab_size=4514, width=16, heads=2, layers=2)
+backbone = CLIP(16, image, text).eval().requires_grad_(False), pico_tokenizer()
 quick = Train(iterations=10, batch=8, lr=1e-2, warmup=2)
+
+
+from moe_merge_nb.learn import loop # tests patch names of the module
 def small(name='moe_merge', **kw):
     "A method that runs in half a second."
-    return Method(name, **{**dict(experts=dict(n_experts=6, rank=4), train=quick, merge=Merge(every=4), selectors=('oracle', 'gaussian')), **kw})
+    usual = dict(experts=dict(n_experts=6, rank=4), train=quick, merge=Merge(every=4), selectors=('oracle', 'gaussian'))
+    return Method(name, **{**usual, **kw})
+def shortened(m, iterations, **kw):
+    "A method of the configuration with four experts at most and batches of four images."
+    few = m.experts and {**m.experts, 'n_experts': min(4, m.experts['n_experts']), 'rank': 2}
+    return replace(m, train=replace(m.train, iterations=iterations, warmup=1, batch=4), experts=few, **kw)
+def learned(method=None, n_tasks=2, seed=0, **kw):
+    "What a method makes of the toy stream."
+    return loop.run(toy_stream(n_tasks), method or small(), seed, backbone, progress=False, **kw)
+def plainly(name, tune, **kw):
+    "A method without adapters."
+    return Method(name, tune=tune, experts=None, selectors=('none',), **kw)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not():
-    a, b, c = (run(toy_stream(2), small(), seed, backbone, progress=False) for seed in (0, 0, 1))
+    a, b, c = (learned(seed=seed) for seed in (0, 0, 1))
     assert a.matrix.equals(b.matrix) and a.usage.equals(b.usage) and a.events == b.events
     assert all(torch.equal(t, b.adapters[k]) for k, t in a.adapters.items())
     assert not a.usage.equals(c.usage)
 
 
 def test_zero_shot_is_the_same_row_every_time():
-    r = run(toy_stream(2), Method('zero_shot', tune='nothing', experts=None, selectors=('none',)), backbone=backbone, progress=False)
+    r = learned(plainly('zero_shot', 'nothing'))
     A = accuracy_matrix(r, 'none')
     assert (A[0] == A[1]).all() and r.adapters is None
 
 
 def test_with_the_oracle_unseen_tasks_are_at_zero_shot_level_exactly():
-    zero = run(toy_stream(2), Method('zero_shot', tune='nothing', experts=None, selectors=('none',)), backbone=backbone, progress=False)
-    A = accuracy_matrix(run(toy_stream(2), small(), 0, backbone, progress=False), 'oracle')
+    zero = learned(plainly('zero_shot', 'nothing'))
+    A = accuracy_matrix(learned(), 'oracle')
     assert A[0, 1] == accuracy_matrix(zero, 'none')[0, 1]
 
 
 def test_fine_tuning_changes_its_own_copy_and_nothing_else():
     before = {n: p.clone() for n, p in backbone[0].named_parameters()}
-    r = run(toy_stream(2), Method('ft', tune='backbone', experts=None, train=quick, selectors=('none',)), backbone=backbone, progress=False)
-    assert all(torch.equal(p, before[n]) for n, p in backbone[0].named_parameters()) and r.usage.empty and not r.events
+    r = learned(plainly('ft', 'backbone', train=quick))
+    assert all(torch.equal(p, before[n]) for n, p in backbone[0].named_parameters())
+    assert r.usage.empty and not r.events
 
 
 def test_a_run_is_saved_after_every_task_and_reads_back():
     import tempfile
     with tempfile.TemporaryDirectory() as d:
-        r = run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        r = learned(directory=d)
         back = load_result(d, adapters=True)
     assert back.config['seed'] == 0 and back.config['merge']['every'] == 4 and len(back.events) == len(r.events)
-    assert (accuracy_matrix(back, 'oracle') == accuracy_matrix(r, 'oracle')).all() and back.adapters.keys() == r.adapters.keys()
+    assert (accuracy_matrix(back, 'oracle') == accuracy_matrix(r, 'oracle')).all()
+    assert back.adapters.keys() == r.adapters.keys()
 
 
 from pathlib import Path
+from unittest.mock import patch
+from moe_merge_nb.learn import state
 class PullThePlug(Callback):
     "Interrupts the run in its second task, once."
     def __init__(self, flag, act): self.flag, self.act = Path(flag), act
     def loss(self, learner, images, labels):
-        if learner.index == 1 and learner.iteration == 6 and not self.flag.exists(): self.flag.touch(); self.act()
+        if (learner.index, learner.iteration) != (1, 6) or self.flag.exists(): return
+        self.flag.touch()
+        self.act()
+def joined(callback):
+    "Methods whose callbacks are joined by one more."
+    real = state.callbacks
+    return patch.object(state, 'callbacks', lambda method: [*real(method), callback])
+def plugged(flag, act): return joined(PullThePlug(flag, act))
+def pull(): raise MemoryError
+
+
 def same(a, b):
     "Are the two results equal, bit for bit?"
-    for name in ('matrix', 'selection', 'usage', 'fixed'): assert getattr(a, name).astype(str).equals(getattr(b, name).astype(str)), name
-    assert a.events == b.events and all(torch.equal(t, b.adapters[k]) for k, t in (a.adapters or {}).items())
-def plugged(flag, act):
-    "Methods whose callbacks are joined by one that pulls the plug."
-    from unittest.mock import patch
-    from moe_merge_nb.learn import state
-    real = state.callbacks
-    return patch.object(state, 'callbacks', lambda method: [*real(method), PullThePlug(flag, act)])
+    for name in ('matrix', 'selection', 'usage', 'fixed'):
+        assert getattr(a, name).astype(str).equals(getattr(b, name).astype(str)), name
+    assert a.events == b.events
+    assert all(torch.equal(t, b.adapters[k]) for k, t in (a.adapters or {}).items())
+def iteration_saved(directory):
+    "In which iteration of its task the run was saved last."
+    from moe_merge_nb.safe.checkpoint import read_tree
+    return read_tree(f'{directory}/checkpoint.safetensors')['snapshot']['task']['iteration']
+def never_begun():
+    "No run may begin."
+    return patch.object(loop, 'start', side_effect=AssertionError('a run was begun'))
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped():
     import os, signal, tempfile
-    from moe_merge_nb.safe.checkpoint import read_tree
     method = small(merge=Merge(every=4, protect=True), selectors=('oracle', 'gaussian', 'autoencoder', 'text'))
-    straight = run(toy_stream(3), method, 0, backbone, progress=False)
+    straight = learned(method, 3)
+    says = 'stopped in task 2 of 3; the same command goes on from'
     for number in (signal.SIGINT, signal.SIGTERM):
         with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', lambda: os.kill(os.getpid(), number)):
-            with pytest.raises(Stopped, match='stopped in task 2 of 3; the same command goes on from') as e: run(toy_stream(3), method, 0, backbone, directory=f'{d}/run', progress=False)
+            with pytest.raises(Stopped, match=says) as e: learned(method, 3, directory=f'{d}/run')
             assert e.value.number == number and signal.getsignal(number) is not None
-            assert read_tree(f'{d}/run/checkpoint.safetensors')['snapshot']['task']['iteration'] == 7              # after the iteration in hand
-            resumed = run(toy_stream(3), method, 0, backbone, directory=f'{d}/run', progress=False)
-            assert not list(Path(d, 'run').glob('checkpoint*')) and load_result(f'{d}/run').timings == resumed.timings
+            assert iteration_saved(f'{d}/run') == 7 # after the iteration in hand
+            resumed = learned(method, 3, directory=f'{d}/run')
+            assert not list(Path(d, 'run').glob('checkpoint*'))
+            assert load_result(f'{d}/run').timings == resumed.timings
         same(resumed, straight)
 
 
 def test_every_method_goes_on_in_the_middle_of_a_task():
     import tempfile
-    from moe_merge_nb.run.config import METHODS
-    def pull(): raise MemoryError
+    from moe_merge_nb.baselines.methods import METHODS
     for m in METHODS.values():
         if m.tune == 'nothing' or m.name in ('adapter', 'moe'): continue
-        short = replace(m, train=replace(m.train, iterations=8, warmup=1, batch=4), experts=m.experts and {**m.experts, 'n_experts': 4, 'rank': 2}, merge=m.merge and Merge(every=2), selectors=m.selectors[:1])
+        short = shortened(m, 8, merge=m.merge and Merge(every=2), selectors=m.selectors[:1])
         if m.name == 'zscl': short = replace(short, baseline=replace(m.baseline, every=3, l2=.1, n=64, batch=8))
-        straight = run(toy_stream(2), short, 0, backbone, progress=False)
+        straight = learned(short)
         with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
-            with pytest.raises(MemoryError): run(toy_stream(2), short, 0, backbone, directory=f'{d}/run', progress=False, save_every=5)
-            from moe_merge_nb.safe.checkpoint import read_tree
-            assert read_tree(f'{d}/run/checkpoint.safetensors')['snapshot']['task']['iteration'] == 5, m.name
-            same(run(toy_stream(2), short, 0, backbone, directory=f'{d}/run', progress=False), straight)
+            with pytest.raises(MemoryError): learned(short, directory=f'{d}/run', save_every=5)
+            assert iteration_saved(f'{d}/run') == 5, m.name
+            same(learned(short, directory=f'{d}/run'), straight)
 
 
 def test_asked_to_end_in_evaluation_a_run_ends_at_once_and_does_not_train_again():
     import os, signal, tempfile
-    from unittest.mock import patch
-    from moe_merge_nb.learn import loop
-    straight = loop.run(toy_stream(2), small(), 0, backbone, progress=False)
-    def interrupted(*args, **kw): os.kill(os.getpid(), signal.SIGTERM); assert False, 'it went on'
+    straight = learned()
+    def interrupted(*args, **kw):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert False, 'it went on'
     def trained(*args, **kw): assert False, 'it was trained again'
     with tempfile.TemporaryDirectory() as d:
-        with patch.object(loop, 'evaluate', interrupted), pytest.raises(Stopped): loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
-        with patch.object(loop, 'train_task', trained), patch.object(loop, 'evaluate', interrupted), pytest.raises(Stopped): loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
-        same(loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False), straight)
+        with patch.object(loop, 'evaluate', interrupted):
+            with pytest.raises(Stopped): learned(directory=d)
+            with patch.object(loop, 'train_task', trained), pytest.raises(Stopped): learned(directory=d)
+        same(learned(directory=d), straight)
 
 
 def test_a_finished_run_is_read_and_not_done_again():
     import tempfile
-    from unittest.mock import patch
-    from moe_merge_nb.learn import loop
     with tempfile.TemporaryDirectory() as d:
-        a = loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
-        with patch.object(loop, 'start', lambda *args: 1/0): b = loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        a = learned(directory=d)
+        with never_begun(): b = learned(directory=d)
         same(b, a)
         assert b.config['seconds'] == a.config['seconds'] > 0
-        with pytest.raises(NotThisRun, match='holds a run with another seed .0, not 1.'): loop.run(toy_stream(2), small(), 1, backbone, directory=d, progress=False)
+        with pytest.raises(NotThisRun, match='holds a run with another seed .0, not 1.'): learned(seed=1, directory=d)
 
 
 def test_both_label_spaces_are_evaluated_and_belong_to_the_run():
     import json, tempfile
-    from pathlib import Path
-    from unittest.mock import patch
-    from moe_merge_nb.learn import loop
-    both = replace(small(), classes=('task', 'all'))
-    plain = loop.run(toy_stream(2), small(), 0, backbone, progress=False)
+    both, plain = small(classes=('task', 'all')), learned()
     with tempfile.TemporaryDirectory() as d:
-        r = loop.run(toy_stream(2), both, 0, backbone, directory=d, progress=False)
-        with patch.object(loop, 'start', lambda *args: 1/0): same(loop.run(toy_stream(2), both, 0, backbone, directory=d, progress=False), r)
-        with pytest.raises(NotThisRun, match='another classes'): loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
+        r = learned(both, directory=d)
+        with never_begun(): same(learned(both, directory=d), r)
+        with pytest.raises(NotThisRun, match='another classes'): learned(directory=d)
     assert selectors(r) == ['oracle', 'gaussian', 'oracle all', 'gaussian all'] and r.config['classes'] == ('task', 'all')
-    assert r.matrix[~r.matrix.selector.str.endswith(' all')].to_csv(index=False) == plain.matrix.to_csv(index=False) and r.selection.to_csv() == plain.selection.to_csv()
-    assert all((accuracy_matrix(r, f'{x} all') <= accuracy_matrix(r, x)).all() for x in ('oracle', 'gaussian'))
+    own = r.matrix[~r.matrix.selector.str.endswith(' all')]
+    assert own.to_csv(index=False) == plain.matrix.to_csv(index=False)
+    assert r.selection.to_csv() == plain.selection.to_csv()
+    for x in ('oracle', 'gaussian'): assert (accuracy_matrix(r, f'{x} all') <= accuracy_matrix(r, x)).all()
     with tempfile.TemporaryDirectory() as d: # a finished run from before there were label spaces
-        loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
-        config = {k: v for k, v in json.loads(Path(d, 'config.json').read_text()).items() if k != 'classes'}
-        Path(d, 'config.json').write_text(json.dumps(config))
+        learned(directory=d)
+        path = Path(d, 'config.json')
+        config = json.loads(path.read_text())
+        del config['classes']
+        path.write_text(json.dumps(config))
         Path(d, 'sha256.json').unlink()
-        with patch.object(loop, 'start', lambda *args: 1/0): same(loop.run(toy_stream(2), small(), 0, backbone, directory=d, progress=False), plain)
+        with never_begun(): same(learned(directory=d), plain)
 
 
 def test_a_checkpoint_of_other_settings_is_not_continued_and_not_lost():
     import tempfile
     from moe_merge_nb.safe.checkpoint import read_newest, write_newest
     with tempfile.TemporaryDirectory() as d:
-        write_newest(dict(version=1, plan=dict(seed=7), done=1), f'{d}/checkpoint.safetensors')
-        with pytest.raises(NotThisRun, match='another'): run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
-        assert read_newest(f'{d}/checkpoint.safetensors')['done'] == 1
+        path = f'{d}/{CHECKPOINT}'
+        write_newest(dict(version=VERSION, plan=dict(seed=7), done=1), path)
+        with pytest.raises(NotThisRun, match='holds a run with another'): learned(directory=d)
+        assert read_newest(path)['done'] == 1
 
 
 def test_a_damaged_checkpoint_costs_some_iterations_and_nothing_else():
     import tempfile
-    straight = run(toy_stream(2), small(), 0, backbone, progress=False)
-    def pull(): raise MemoryError
+    straight = learned()
+    says = 'checkpoint.safetensors is no checkpoint, or damaged.*checkpoint.before.safetensors'
     for ruin in (lambda b: b[:-9], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]):
         with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
-            with pytest.raises(MemoryError): run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False, save_every=2)
-            path = Path(d, 'run', 'checkpoint.safetensors')
+            with pytest.raises(MemoryError): learned(directory=f'{d}/run', save_every=2)
+            path = Path(d, 'run', CHECKPOINT)
             path.write_bytes(ruin(path.read_bytes()))
-            with pytest.warns(UserWarning, match='checkpoint.safetensors is no checkpoint, or damaged.*checkpoint.before.safetensors'): same(run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False), straight)
+            with pytest.warns(UserWarning, match=says): resumed = learned(directory=f'{d}/run')
+        same(resumed, straight)
 
 
 def test_the_disk_is_full_in_the_middle_and_the_run_goes_on_later():
     import errno, os, tempfile
-    from unittest.mock import patch
-    straight, real = run(toy_stream(2), small(), 0, backbone, progress=False), os.fsync
-    for after in (4, 9, 16):                                                       # bytes come to an end in the first task, in the second, in the tables
-        left = [after]
+    straight, real = learned(), os.fsync
+    def runs_full(n):
+        "A disk on which `n` writes succeed."
+        left = [n]
         def fsync(fd):
             left[0] -= 1
             if left[0] < 0: raise OSError(errno.ENOSPC, 'No space left on device')
             real(fd)
+        return patch('moe_merge_nb.safe.files.os.fsync', fsync)
+    says = 'No space left on device.*the same command goes on'
+    for n in (4, 9, 16): # in the first task, in the second, in the tables
         with tempfile.TemporaryDirectory() as d:
-            with patch('moe_merge_nb.safe.files.os.fsync', fsync), pytest.raises(OSError, match='No space left on device.*the same command goes on') as e: run(toy_stream(2), small(), 0, backbone, directory=d, progress=False, save_every=3)
+            with runs_full(n), pytest.raises(OSError, match=says) as e: learned(directory=d, save_every=3)
             assert d in str(e.value)
-            same(run(toy_stream(2), small(), 0, backbone, directory=d, progress=False), straight)
+            same(learned(directory=d), straight)
 
 
 def test_a_directory_that_cannot_be_written_to_is_found_out_before_training():
     import errno, tempfile
-    from unittest.mock import patch
-    from moe_merge_nb.learn import loop
-    with tempfile.TemporaryDirectory() as d, patch('moe_merge_nb.safe.files.os.replace', side_effect=PermissionError(errno.EACCES, 'Permission denied')), patch.object(loop, 'start', lambda *args: 1/0):
-        with pytest.raises(PermissionError, match=d): loop.run(toy_stream(1), small(), 0, backbone, directory=d, progress=False)
+    denied = patch('moe_merge_nb.safe.files.os.replace', side_effect=PermissionError(errno.EACCES, 'Permission denied'))
+    with tempfile.TemporaryDirectory() as d, denied, never_begun():
+        with pytest.raises(PermissionError, match=d): learned(n_tasks=1, directory=d)
 
 
 def test_a_run_directory_that_vanishes_is_made_again():
     import shutil, tempfile
     with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', lambda: shutil.rmtree(f'{d}/run')):
-        same(run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False, save_every=2), run(toy_stream(2), small(), 0, backbone, progress=False))
+        same(learned(directory=f'{d}/run', save_every=2), learned())
         assert load_result(f'{d}/run').matrix.after.nunique() == 2
 
 
@@ -213,24 +268,20 @@ def test_two_runs_do_not_share_a_directory():
     import tempfile
     from filelock import FileLock
     with tempfile.TemporaryDirectory() as d, FileLock(f'{d}/.lock'):
-        with pytest.raises(InUse, match='is in use by another process'): run(toy_stream(1), small(), 0, backbone, directory=d, progress=False)
+        with pytest.raises(InUse, match='is in use by another process'): learned(n_tasks=1, directory=d)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_the_state_before_it():
     import tempfile
-    from unittest.mock import patch
-    from moe_merge_nb.learn import state
-    from moe_merge_nb.safe.checkpoint import read_tree
     class Explode(Callback):
         def __init__(self, value): self.value = value
-        def loss(self, learner, images, labels): return torch.tensor(self.value if (learner.index, learner.iteration) == (1, 5) else 0.)
-    def exploding(value):
-        real = state.callbacks
-        return patch.object(state, 'callbacks', lambda method: [*real(method), Explode(value)])
+        def loss(self, learner, images, labels):
+            return torch.tensor(self.value if (learner.index, learner.iteration) == (1, 5) else 0.)
+    says = "the loss is nan in iteration 6 of task 'circles', at learning rate"
     with tempfile.TemporaryDirectory() as d:
-        with exploding(float('nan')), pytest.raises(FloatingPointError, match="the loss is nan in iteration 6 of task 'circles', at learning rate"): run(toy_stream(2), small(), 0, backbone, directory=d, progress=False)
-        assert read_tree(f'{d}/checkpoint.safetensors')['snapshot']['task']['iteration'] == 5
-        with exploding(0.): same(run(toy_stream(2), small(), 0, backbone, directory=d, progress=False), run(toy_stream(2), small(), 0, backbone, progress=False))
+        with joined(Explode(float('nan'))), pytest.raises(FloatingPointError, match=says): learned(directory=d)
+        assert iteration_saved(d) == 5
+        with joined(Explode(0.)): same(learned(directory=d), learned())
 
 
 def test_a_callback_of_ones_own_is_continued_from_the_beginning_of_its_task():
@@ -239,22 +290,21 @@ def test_a_callback_of_ones_own_is_continued_from_the_beginning_of_its_task():
     @dataclass(frozen=True)
     class Watches(FreezeMostUsed):
         def after_step(self, learner): pass
-    method = small(freeze=Watches())
-    def pull(): raise MemoryError
+    method, says = small(freeze=Watches()), ".'Watches'. cannot be continued in the middle of a task"
     with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
-        with pytest.warns(UserWarning, match=".'Watches'. cannot be continued in the middle of a task"), pytest.raises(MemoryError): run(toy_stream(2), method, 0, backbone, directory=f'{d}/run', progress=False, save_every=3)
-        same(run(toy_stream(2), method, 0, backbone, directory=f'{d}/run', progress=False), run(toy_stream(2), method, 0, backbone, progress=False))
+        with pytest.warns(UserWarning, match=says), pytest.raises(MemoryError):
+            learned(method, directory=f'{d}/run', save_every=3)
+        same(learned(method, directory=f'{d}/run'), learned(method))
 
 
 def test_another_program_that_goes_on_is_told_so():
     import tempfile
-    from unittest.mock import patch
-    from moe_merge_nb.learn import loop
-    def pull(): raise MemoryError
+    real = loop.provenance
+    newer = patch.object(loop, 'provenance', lambda device: {**real(device), 'torch': '9.9'})
+    says = 'another program or machine .torch .* -> 9.9'
     with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
-        with pytest.raises(MemoryError): loop.run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False)
-        real = loop.provenance
-        with patch.object(loop, 'provenance', lambda device: {**real(device), 'torch': '9.9'}), pytest.warns(UserWarning, match='another program or machine .torch .* -> 9.9'): loop.run(toy_stream(2), small(), 0, backbone, directory=f'{d}/run', progress=False)
+        with pytest.raises(MemoryError): learned(directory=f'{d}/run')
+        with newer, pytest.warns(UserWarning, match=says): learned(directory=f'{d}/run')
 
 
 SCRIPT = """
@@ -266,19 +316,25 @@ from moe_merge_nb.learn.loop import run
 from moe_merge_nb.learn.method import Method
 from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.streams.tasks import toy_stream
-from moe_merge_nb.learn.train import Train
-method = Method('moe_merge', experts=dict(n_experts=6, rank=4, dropout=0.), train=Train(iterations=10, batch=8, lr=1e-2, warmup=2), merge=Merge(every=4), selectors=('oracle', 'gaussian'))
+from moe_merge_nb.learn.learner import Callback
+from moe_merge_nb.learn.settings import Train
+train = Train(iterations=10, batch=8, lr=1e-2, warmup=2)
+experts, selectors = dict(n_experts=6, rank=4, dropout=0.), ('oracle', 'gaussian')
+method = Method('moe_merge', experts=experts, train=train, merge=Merge(every=4), selectors=selectors)
 def made(name):
-    r = run(toy_stream(2), method, 0, load_clip('pico', 'random'), progress=False, accelerator=Accelerator(cpu=True))
+    clip, cpu = load_clip('pico', 'random'), Accelerator(cpu=True)
+    r = run(toy_stream(2), method, 0, clip, progress=False, accelerator=cpu)
     tables = {n: getattr(r, n).to_dict('list') for n in ('matrix', 'selection', 'usage', 'fixed')}
-    write_tree(dict(adapters=r.adapters, events=r.events, tables=tables, processes=r.config['processes']), f'{sys.argv[1]}/{name}.safetensors')
+    left = dict(adapters=r.adapters, events=r.events, tables=tables, processes=r.config['processes'])
+    write_tree(left, f'{sys.argv[1]}/{name}.safetensors')
 with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
 rank = next((i for i in range(2) if not os.fork()), None)                       # None: the parent
 if rank is None:
     made('one')
     assert all(os.wait()[1] == 0 for _ in range(2))
 else:
-    os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2')
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
     made(rank)
 """
 
@@ -286,15 +342,16 @@ else:
 def test_two_processes_make_the_same_merges_and_weights_as_one():
     import os, subprocess, sys, tempfile
     from moe_merge_nb.safe.checkpoint import read_tree
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p), 'OMP_NUM_THREADS': '1'}
     with tempfile.TemporaryDirectory() as d:
-        path = os.pathsep.join(p for p in sys.path if p)
-        subprocess.run([sys.executable, '-c', SCRIPT, d], env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}, check=True, capture_output=True)
+        subprocess.run([sys.executable, '-c', SCRIPT, d], env=env, check=True, capture_output=True)
         one, first, second = (read_tree(f'{d}/{n}.safetensors') for n in ('one', 0, 1))
     assert [r['processes'] for r in (one, first, second)] == [1, 2, 2]
-    assert one['events'] == first['events'] == second['events'] and sum(e['kind'] == 'merge' for e in one['events']) == 2 * 7
+    assert one['events'] == first['events'] == second['events']
+    assert sum(e['kind'] == 'merge' for e in one['events']) == 2 * 7
     assert one['tables'] == first['tables'] == second['tables']
     assert all(torch.equal(t, second['adapters'][k]) for k, t in first['adapters'].items())
-    assert max((t.double() - first['adapters'][k].double()).abs().max() for k, t in one['adapters'].items()) < 1e-4
+    for k, t in one['adapters'].items(): assert (t.double() - first['adapters'][k].double()).abs().max() < 1e-4
 
 
 def test_mixed_precision_of_the_launcher_is_refused():
@@ -304,23 +361,26 @@ def test_mixed_precision_of_the_launcher_is_refused():
 
 def test_with_and_without_a_cache_the_matrix_is_the_same():
     method = small(selectors=('oracle', 'gaussian', 'autoencoder', 'text'))
-    on, off = (run(toy_stream(3), method, 0, backbone, progress=False, cache_mb=mb) for mb in (1024, 0))
-    assert on.matrix.equals(off.matrix) and on.selection.equals(off.selection) and any(e['kind'] == 'merge' for e in on.events)
-    images, naive, all_, prompts, all_prompts = (sum(t[k] for t in r.timings.values()) for r, k in ((on, 'images'), (on, 'images_naive'), (off, 'images'), (on, 'prompts'), (off, 'prompts')))
-    assert images <= naive / 2 and images < all_ < naive and prompts < all_prompts
-    with pytest.raises(ValueError, match='cache_mb is -1'): run(toy_stream(1), method, 0, backbone, progress=False, cache_mb=-1)
+    on, off = (learned(method, 3, cache_mb=mb) for mb in (1024, 0))
+    assert on.matrix.equals(off.matrix) and on.selection.equals(off.selection)
+    assert any(e['kind'] == 'merge' for e in on.events)
+    def spent(r, what): return sum(t[what] for t in r.timings.values())
+    naive = spent(on, 'images_naive')
+    assert spent(on, 'images') <= naive / 2 and spent(on, 'images') < spent(off, 'images') < naive
+    assert spent(on, 'prompts') < spent(off, 'prompts')
+    with pytest.raises(ValueError, match='cache_mb is -1'): learned(method, 1, cache_mb=-1)
 
 
 def test_every_method_of_the_configuration_learns_the_toy_stream():
-    from moe_merge_nb.run.config import METHODS
+    from moe_merge_nb.baselines.methods import METHODS
     for m in METHODS.values():
-        short = replace(m, train=replace(m.train, iterations=15, warmup=1, batch=4), experts=m.experts and {**m.experts, 'n_experts': min(4, m.experts['n_experts']), 'rank': 2}, selectors=m.selectors[:2])
+        short = shortened(m, 15, selectors=m.selectors[:2])
         if m.name == 'zscl': short = replace(short, baseline=replace(m.baseline, n=64, batch=8))
-        r = run(toy_stream(2), short, 0, backbone, progress=False)
+        r = learned(short)
         assert accuracy_matrix(r, m.selectors[0]).shape == (2, 2), m.name
 
 
 def test_two_experts_at_most_are_fixed_per_block_and_task():
-    r = run(toy_stream(3), small(), 0, backbone, progress=False)
+    r = learned(n_tasks=3)
     per = r.fixed.groupby(['after', 'tower', 'block']).expert.nunique()
     assert len(per) == 3 * 4 and (per == 2).all()

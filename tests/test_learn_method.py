@@ -5,15 +5,18 @@ from dataclasses import replace
 import pytest, torch
 from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
-from moe_merge_nb.merge.rule import *
-from moe_merge_nb.learn.train import *
+from moe_merge_nb.layer.kinds import Experts
+from moe_merge_nb.merge.rule import Merge
+from moe_merge_nb.learn.learner import *
+from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.callbacks import *
 from moe_merge_nb.learn.method import *
 
 
 def test_a_method_refuses_what_cannot_be():
     with pytest.raises(ValueError, match='rank is 0'): Method('m', experts=dict(rank=0))
-    with pytest.raises(ValueError, match='top_k is 3, but there are 2 experts'): Method('m', experts=dict(n_experts=2, top_k=3))
+    with pytest.raises(ValueError, match='top_k is 3, but there are 2 experts'):
+        Method('m', experts=dict(n_experts=2, top_k=3))
     with pytest.raises(ValueError, match='tune is'): Method('m', tune='backbone')
     with pytest.raises(ValueError, match='selector'): Method('m', selectors=('psychic',))
     for classes in ('all', (), ('task', 'union')):
@@ -24,23 +27,63 @@ def test_a_method_refuses_what_cannot_be():
 
 
 def test_a_merge_that_would_never_happen_is_refused():
-    with pytest.raises(ValueError, match='merge.every is 10'): Method('m', train=Train(iterations=12, warmup=1), merge=Merge(every=10))
+    with pytest.raises(ValueError, match='merge.every is 10'):
+        Method('m', train=Train(iterations=12, warmup=1), merge=Merge(every=10))
 
 
 def test_classes_that_the_model_reads_alike_are_refused():
     _, tokenizer = load_clip('pico', 'random')
-    def named(*classes): return Stream('words', (toy_stream(1)[0], replace(toy_stream(1)[0], name='pets', classes=classes)))
+    def named(*classes):
+        [first] = toy_stream(1)
+        return Stream('words', (first, replace(first, name='pets', classes=classes)))
     check_words(named('cat', 'dog', 'cats'), tokenizer)
     for a, b in (('Cat', 'cat'), ('a  cat', 'a cat'), ('very ' * 30 + 'small cat', 'very ' * 30 + 'large cat')):
-        with pytest.raises(ValueError, match=f"task 'pets': the model reads the classes '{a}' and '{b}' as the same 20 tokens .*: rename one"): check_words(named(a, 'dog', b), tokenizer)
+        message = f"task 'pets': the model reads the classes '{a}' and '{b}' as the same 20 tokens .*: rename one"
+        with pytest.raises(ValueError, match=message): check_words(named(a, 'dog', b), tokenizer)
+
+
+def test_what_a_kind_of_expert_cannot_do_is_refused_before_training():
+    for change, message in ((dict(merge=Merge(align=True)), 'merge.align is true with experts.expert'),
+                            (dict(merge=Merge(combine='ties')), 'needs experts.shared_init')):
+        method = Method('m', experts=Experts(n_experts=4, rank=2, expert='gelu'), **change)
+        with pytest.raises(ValueError, match=message): check(method, toy_stream(2))
+    class Linear(torch.nn.Linear):
+        def forward(self, x0, noisy=False): return super().forward(x0)
+    open_only = Experts(n_experts=4, rank=2, router=lambda width, n_experts: Linear(width, n_experts))
+    with pytest.raises(ValueError, match='freeze.settle is 0.5 with experts.router=.*cannot be closed'):
+        check(Method('m', experts=open_only, freeze=FreezeMostUsed(settle=.5)), toy_stream(2))
 
 
 def test_what_could_not_be_learned_is_refused_before_training():
     from types import SimpleNamespace
-    from moe_merge_nb.run.config import METHODS
-    with pytest.raises(ValueError, match="task 'squares' has 3 training images"): check(METHODS['moe'], toy_stream(2, n_train=3))
-    with pytest.raises(ValueError, match='icarl.memory_size is 5'): check(replace(METHODS['icarl'], baseline=replace(METHODS['icarl'].baseline, memory_size=5)), toy_stream(2))
-    with pytest.raises(ValueError, match='zscl.every is 15'): check(replace(METHODS['zscl'], train=Train(iterations=10, warmup=1)), toy_stream(2))
-    with pytest.raises(ValueError, match='96 images.*limit is 50'): check(replace(METHODS['rail_kernel'], head=replace(METHODS['rail_kernel'].head, most=50)), toy_stream(2))
-    with pytest.raises(ValueError, match='train.batch is 32 for 3 processes'): check(METHODS['moe'], toy_stream(2), SimpleNamespace(num_processes=3, process_index=0))
+    from moe_merge_nb.baselines.methods import METHODS
+    def changed(name, **fields): return replace(METHODS[name], **fields)
+    def head(name, **fields): return changed(name, head=replace(METHODS[name].head, **fields))
+    forgetful = replace(METHODS['icarl'].baseline, memory_size=5)
+    three = SimpleNamespace(num_processes=3, process_index=0)
+    for message, method, stream, processes in (
+        ("task 'squares' has 3 training images", METHODS['moe'], toy_stream(2, n_train=3), None),
+        ('icarl.memory_size is 5', changed('icarl', baseline=forgetful), toy_stream(2), None),
+        ('zscl.every is 15', changed('zscl', train=Train(iterations=10, warmup=1)), toy_stream(2), None),
+        ('96 images.*limit is 50', head('rail_kernel', most=50), toy_stream(2), None),
+        ('train.batch is 32 for 3 processes', METHODS['moe'], toy_stream(2), three),
+    ):
+        with pytest.raises(ValueError, match=message): check(method, stream, processes)
     for m in METHODS.values(): check(m, toy_stream(2))
+
+
+def test_a_function_of_ones_own_is_written_down_by_name_and_source():
+    from moe_merge_nb.merge.combine import mean
+    def own(**how): return describe(toy_stream(2), Method('m', merge=Merge(**how)), seed=0)
+    assert own()['sources'] == {} and own(combine=mean)['merge']['combine'] == 'mean'
+    said = own(combine='torch.nn.functional.relu')
+    assert said['merge']['combine'] == 'torch.nn.functional.relu' and len(said['sources']['torch.nn.functional.relu']) == 64
+
+
+def test_what_no_other_process_can_import_is_refused_with_the_remedy():
+    for change in (dict(merge=Merge(combine=lambda s, c, b: s[0])), dict(experts=Experts(gate=lambda h: h.softmax(1))),
+                   dict(predict=lambda view: view.logits(-1))):
+        with pytest.raises(ValueError, match='no other process can import.*my_parts.py'):
+            check_importable(Method('m', **change))
+    from moe_merge_nb.merge.combine import usage_weighted
+    check_importable(Method('m', merge=Merge(combine=usage_weighted)))

@@ -5,41 +5,14 @@ import pytest, torch
 from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.router import top_k_gates
+from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.adapt import *
+from moe_merge_nb.learn.learner import *
+from moe_merge_nb.learn.settings import *
 from moe_merge_nb.learn.train import *
-
-
-def test_impossible_settings_are_refused_by_field():
-    for name, value in dict(iterations=0, batch=0, warmup=2000, label_smoothing=1., lr=0., workers=-1, weight_decay=-.1).items():
-        with pytest.raises(ValueError, match=f'^train.{name} is {value}: choose a '): Train(**{name: value})
-    with pytest.raises(ValueError, match='precision'): Train(precision='int3')
-    with pytest.raises(ValueError, match='micro_batch is 0'): Train(micro_batch=0)
-
-
-def test_settings_of_another_kind_are_refused_by_field():
-    nan, inf = float('nan'), float('inf')
-    odd = dict(lr=[nan, inf, True, '0.1', None, [.1], {}, 10**400], batch=[1.5, '8', True, None], iterations=[inf, 1e3], warmup=[nan, 1.], weight_decay=[nan, inf, '0'], label_smoothing=[nan, False], workers=[True, .5, None],
-               micro_batch=[2., nan], betas=[.9, (.9,), (.9, .9, .9), '99'], precision=[None, [], 16])
-    for name, values in odd.items():
-        for value in values:
-            with pytest.raises(ValueError, match=f'^train.{name} is .*: choose '): Train(**{name: value})
-    for value in (nan, 0, True, 'a'):
-        with pytest.raises(ValueError, match=r"^train.lr\['Cars'\] is .*: choose "): Train(lr={'Pets': .1, 'Cars': value})
-    for value in (1, -.1, nan, 'a'):
-        with pytest.raises(ValueError, match=r'^train.betas\[1\] is .*: choose '): Train(betas=(.9, value))
-    assert Train(lr=1, weight_decay=0, betas=[0, .5]).lr == 1
-
-
-def test_a_learning_rate_per_task_goes_by_its_name():
-    assert Train(lr={'Pets': .1, 'Cars': .2}).lr_of('Cars') == .2 and Train(lr=.3).lr_of('Cars') == .3
-    with pytest.raises(ValueError, match="no entry for task 'Food'"): Train(lr={'Pets': .1}).lr_of('Food')
-
-
-def test_the_schedule_rises_to_one_and_falls_to_zero():
-    f = [lr_factor(i, 100, 10) for i in range(100)]
-    assert f[9] == f[10] == 1 and f[:10] == sorted(f[:10]) and f[10:] == sorted(f[10:], reverse=True)
-    assert f[-1] < 1e-3 and abs(lr_factor(55, 100, 10) - 0.5) < 1e-12
-    assert [lr_factor(i, 3, 3) for i in range(4)] == [1/3, 2/3, 1, 1]                      # nothing but warm-up is allowed
 
 
 quick = Train(iterations=12, batch=8, lr=1e-2, warmup=2)
@@ -63,9 +36,12 @@ def test_the_same_seed_trains_the_same_weights():
 
 def test_frozen_experts_and_the_backbone_are_bit_identical_after_a_task():
     model, tokenizer = small_model()
-    for m in model.moes: m.freeze([0, 3]); [torch.nn.init.normal_(p) for p in m.experts.parameters()]
+    for m in model.moes:
+        m.freeze([0, 3])
+        for p in m.experts.parameters(): torch.nn.init.normal_(p)
     closed = {n: p.clone() for n, p in model.named_parameters() if n.startswith('clip.')}
-    frozen = [(m.experts[e], {n: p.clone() for n, p in m.experts[e].named_parameters()}) for m in model.moes for e in (0, 3)]
+    experts = [m.experts[e] for m in model.moes for e in (0, 3)]
+    frozen = [(e, {n: p.clone() for n, p in e.named_parameters()}) for e in experts]
     learner = train_task(model, toy_stream()[0], 0, tokenizer, quick)
     assert all(c[0] > 0 for c in learner.usage.counts.values())
     assert all(torch.equal(p, closed[n]) for n, p in model.named_parameters() if n in closed)
@@ -75,15 +51,17 @@ def test_frozen_experts_and_the_backbone_are_bit_identical_after_a_task():
 def test_unselected_experts_do_not_move():
     model, tokenizer = small_model()
     for m in model.moes: m.gate = lambda h: top_k_gates(h.index_fill(1, torch.tensor([2, 5]), -1e9), 2)
-    before = [p.clone() for m in model.moes for e in (2, 5) for p in m.experts[e].parameters()]
-    train_task(model, toy_stream()[0], 0, tokenizer, Train(iterations=5, batch=8, warmup=0, weight_decay=0.))
-    assert all(torch.equal(a, b) for a, b in zip(before, (p for m in model.moes for e in (2, 5) for p in m.experts[e].parameters())))
+    unused = [p for m in model.moes for e in (2, 5) for p in m.experts[e].parameters()]
+    before = [p.clone() for p in unused]
+    train_task(model, toy_stream()[0], 0, tokenizer, settings=Train(iterations=5, batch=8, warmup=0, weight_decay=0.))
+    assert all(map(torch.equal, before, unused))
 
 
 def test_usage_counts_every_sequence_of_the_task():
     model, tokenizer = small_model()
-    usage = train_task(model, toy_stream()[0], 0, tokenizer, quick).usage
-    assert all(c.sum() == 2 * 12 * (8 if tower == 'image' else 3) for (tower, _), c in usage.counts.items())
+    usage = train_task(model, toy_stream()[0], 0, tokenizer, settings=quick).usage
+    each = dict(image=8, text=3) # images of a batch, prompts
+    assert all(c.sum() == 2 * 12 * each[tower] for (tower, _), c in usage.counts.items())
 
 
 def test_micro_batches_add_up_to_the_batch():
@@ -91,8 +69,9 @@ def test_micro_batches_add_up_to_the_batch():
         model, tokenizer = small_model()
         for m in model.moes:
             for e in m.experts: e.dropout.p = 0.
-            m.gate = lambda h: top_k_gates(h.detach() * 0 + torch.arange(6.), 2)              # no noise in the choice
-        train_task(model, toy_stream()[0], 0, tokenizer, Train(iterations=6, batch=9, lr=1e-2, warmup=2, **kw))
+            m.gate = lambda h: top_k_gates(h.detach() * 0 + torch.arange(6.), 2) # no noise in the choice
+        settings = Train(iterations=6, batch=9, lr=1e-2, warmup=2, **kw)
+        train_task(model, toy_stream()[0], 0, tokenizer, settings=settings)
         return torch.cat([p.detach().flatten() for p in model.moes.parameters()])
     whole, pieces = trained(), trained(micro_batch=4)
     assert (whole - pieces).abs().max() < 1e-5 < (whole - trained(label_smoothing=0.)).abs().max()
@@ -103,39 +82,46 @@ def test_half_precision_learns_the_same_task_and_keeps_fp32_weights():
     losses = []
     class Watch(Callback):
         def after_step(self, learner): losses.append(learner.loss)
-    train_task(model, toy_stream()[0], 0, tokenizer, Train(iterations=25, batch=16, lr=1e-2, warmup=3, precision='bf16'), callbacks=[Watch()])
+    settings = Train(iterations=25, batch=16, lr=1e-2, warmup=3, precision='bf16')
+    train_task(model, toy_stream()[0], 0, tokenizer, settings=settings, callbacks=[Watch()])
     assert losses[-1] < losses[0] and {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_a_callback_can_add_to_the_loss():
+    def squares(model): return sum(e.up.weight.square().sum() for m in model.moes for e in m.experts)
     class Shrink(Callback):
-        def loss(self, learner, images, labels): return sum(e.up.weight.square().sum() for m in learner.model.moes for e in m.experts)
+        def loss(self, learner, images, labels): return squares(learner.model)
     def size(callbacks):
         model, tokenizer = small_model()
-        train_task(model, toy_stream()[0], 0, tokenizer, quick, callbacks=callbacks)
-        return float(sum(e.up.weight.square().sum() for m in model.moes for e in m.experts))
+        train_task(model, toy_stream()[0], 0, tokenizer, settings=quick, callbacks=callbacks)
+        return squares(model).item()
     assert size([Shrink()]) < .9 * size([])
 
 
 def test_a_task_goes_on_from_any_iteration_bit_for_bit():
     import tempfile
     from moe_merge_nb.safe.checkpoint import read_tree, write_tree
+    task = toy_stream()[0]
     class Keep(Callback):
         def __init__(self, path): self.path = path
-        def after_step(self, learner): write_tree(dict(snapshot=snapshot(learner, []), weights=dict(learner.model.moes.state_dict())), f'{self.path}/{learner.iteration}')
+        def after_step(self, learner):
+            kept = dict(snapshot=snapshot(learner, []), weights=dict(learner.model.moes.state_dict()))
+            write_tree(kept, f'{self.path}/{learner.iteration}')
     for more in (dict(), dict(workers=1), dict(precision='bf16')):
         settings = Train(**{**vars(quick), 'iterations': 6, **more})
         with tempfile.TemporaryDirectory() as d:
             model, tokenizer = small_model()
-            straight = train_task(model, toy_stream()[0], 0, tokenizer, settings, callbacks=[Keep(d)], seed=3)
+            straight = train_task(model, task, 0, tokenizer, settings=settings, callbacks=[Keep(d)], seed=3)
             for i in (1, 4):
                 saved = read_tree(f'{d}/{i}')
                 again, _ = small_model()
                 again.moes.load_state_dict(saved['weights'])
                 torch.rand(i)                           # the caller's random state must not matter
-                learner = train_task(again, toy_stream()[0], 0, tokenizer, settings, seed=3, saved=saved['snapshot'])
-                assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters())), (more, i)
-                assert all(torch.equal(c, learner.usage.counts[key]) for key, c in straight.usage.counts.items()) and learner.iteration == 6
+                learner = train_task(again, task, 0, tokenizer, settings=settings, seed=3, saved=saved['snapshot'])
+                assert all(map(torch.equal, model.parameters(), again.parameters())), (more, i)
+                counts = learner.usage.counts
+                assert all(torch.equal(c, counts[key]) for key, c in straight.usage.counts.items())
+                assert learner.iteration == 6
 
 
 def test_a_callback_that_does_not_say_what_it_keeps_is_not_continued_midway():
@@ -148,8 +134,10 @@ def test_a_callback_that_does_not_say_what_it_keeps_is_not_continued_midway():
         def resume(self, learner, snapshot): self.n = snapshot['n']
     model, tokenizer = small_model()
     says = Says()
-    learner = train_task(model, toy_stream()[0], 0, tokenizer, Train(iterations=2, batch=4, warmup=1), callbacks=[says])
-    assert snapshot(learner, [Adds(), says])['callbacks'] == [{}, dict(n=2)] and snapshot(learner, [Adds(), Counts()]) is None
+    short = Train(iterations=2, batch=4, warmup=1)
+    learner = train_task(model, toy_stream()[0], 0, tokenizer, settings=short, callbacks=[says])
+    assert snapshot(learner, [Adds(), says])['callbacks'] == [{}, dict(n=2)]
+    assert snapshot(learner, [Adds(), Counts()]) is None
 
 
 def test_a_loss_that_is_no_number_stops_the_task_before_the_step():
@@ -157,17 +145,21 @@ def test_a_loss_that_is_no_number_stops_the_task_before_the_step():
         def __init__(self, value): self.value = value
         def loss(self, learner, images, labels): return torch.tensor(self.value if learner.iteration == 3 else 0.)
     class Watch(Callback):
-        def after_step(self, learner): self.kept = snapshot(learner, []), [p.clone() for p in learner.model.parameters()]
+        def after_step(self, learner):
+            self.kept = snapshot(learner, []), [p.clone() for p in learner.model.parameters()]
         def before_failure(self, learner): self.last = snapshot(learner, [])
     def same(a, b):
         if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
         if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    from moe_merge_nb.safe.batches import batch_indices
     for value in (float('nan'), float('inf')):
         model, tokenizer = small_model()
         watch = Watch()
-        with pytest.raises(FloatingPointError, match=f"the loss is {value} in iteration 4 of task 'squares', at learning rate 0.00[0-9]*, for the images .[0-9, ]*. of its training set") as e:
-            train_task(model, toy_stream()[0], 0, tokenizer, quick, callbacks=[Explode(value), watch])
-        from moe_merge_nb.safe.batches import batch_indices
+        said = (f"the loss is {value} in iteration 4 of task 'squares', at learning rate 0.00[0-9]*, "
+                'for the images .[0-9, ]*. of its training set')
+        with pytest.raises(FloatingPointError, match=said) as e:
+            train_task(model, toy_stream()[0], 0, tokenizer, settings=quick, callbacks=[Explode(value), watch])
         assert str(batch_indices(48, 8, 12, 0)[3]) in str(e.value)
-        assert same(watch.kept[0], watch.last) and all(torch.equal(p, q) for p, q in zip(model.parameters(), watch.kept[1]))
+        assert same(watch.kept[0], watch.last)
+        assert all(map(torch.equal, model.parameters(), watch.kept[1]))

@@ -5,7 +5,32 @@ import pytest, torch
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import read
+from moe_merge_nb.layer.kinds import Experts
+from moe_merge_nb.layer.moe import MoE, mixture
 from moe_merge_nb.rewrites.bank import *
+
+
+def test_columns_that_share_an_expert_and_a_column_that_is_closed():
+    from dataclasses import replace
+    torch.manual_seed(0)
+    moe = MoE('image', 0, 8, Experts(3, 3)).eval()
+    moe.add_task()
+    for p in moe.parameters(): torch.nn.init.normal_(p)
+    x, seen = torch.randn(64, 4, 8), []
+    mixture(moe, x, 0, seen.append)
+    shares = torch.tensor([[1., 0, 0], [1, 0, 0], [0, 0, 0]])
+    other = layer(replace(bank(moe), column_to_expert=shares, always_on=torch.tensor([0, 0, .5])))
+    y = mixture(other, x, 0, seen.append)
+    assert (seen[0].gates[:, 2] > 0).any() and not seen[1].gates[:, 2].any()
+    torch.testing.assert_close(y, moe.experts[0](x) + .5 * moe.experts[2](x))
+    with pytest.raises(ValueError, match='learns no further tasks'): other.add_task()
+
+
+def test_other_kinds_are_refused_by_name():
+    for kinds, said in ((dict(expert='gelu'), "experts.expert='gelu'"), (dict(router='mlp'), "experts.router='mlp'")):
+        moe = MoE('image', 0, 8, Experts(3, 3, **kinds))
+        moe.add_task()
+        with pytest.raises(ValueError, match=said + '.*relu.*noisy'): bank(moe)
 
 
 def test_out_and_back_changes_nothing():
@@ -19,35 +44,45 @@ def test_out_and_back_changes_nothing():
     for task in (0, 1):
         torch.testing.assert_close(again.encode_image(u, task), small.encode_image(u, task))
         torch.testing.assert_close(again.encode_text(tokens, task), small.encode_text(tokens, task))
-    assert n_expert_parameters(banks(with_banks(small, [replace(b, stored=3) for b in banks(small)]))) == 3 * len(small.moes)
-    assert again.clip is small.clip and small.moes[0].place is None
+    compressed = with_banks(small, [replace(b, stored=3) for b in banks(small)])
+    assert n_expert_parameters(banks(compressed)) == 3 * len(small.moes)
+    assert again.clip is small.clip and type(small.moes[0]) is MoE
     for name, t in read(small.moes[0].base).items(): assert torch.equal(read(again.moes[0].base)[name], t)
 
 
 def test_a_bank_that_does_not_fit_together_is_refused():
     from dataclasses import replace
-    small = AdaptedCLIP(load_clip(pretrained='random')[0], n_experts=3, rank=2); 
+    small = AdaptedCLIP(load_clip(pretrained='random')[0], n_experts=3, rank=2)
     with pytest.raises(ValueError, match='no task'): banks(small)
-    small.add_task(); one, *others = banks(small)
-    for change, says in ((dict(states=one.states[:2]), '2 experts'), (dict(place=torch.eye(3)[:2]), 'router columns'), (dict(place=torch.zeros(3, 3)), 'closed')):
+    small.add_task()
+    one, *others = banks(small)
+    wrong = [
+        (dict(states=one.states[:2]), '2 experts'),
+        (dict(column_to_expert=torch.eye(3)[:2]), 'router columns'),
+        (dict(column_to_expert=torch.zeros(3, 3)), 'closed'),
+    ]
+    for change, says in wrong:
         with pytest.raises(ValueError, match=says): replace(one, **change)
     with pytest.raises(ValueError, match='one per block'): with_banks(small, [one])
     with pytest.raises(ValueError, match='no further tasks'): with_banks(small, [one, *others]).add_task()
 
 
 def test_closed_routers_stay_closed_and_keep_one_expert():
-    net = AdaptedCLIP(load_clip(pretrained='random')[0], n_experts=4, rank=2); net.add_task(); net.add_task()
+    net = AdaptedCLIP(load_clip(pretrained='random')[0], n_experts=4, rank=2)
+    for _ in range(2): net.add_task()
     for m in net.moes: m.routers[0].closed[:2] = True
     again = with_banks(net, banks(net))
-    assert all(torch.equal(a.closed, b.closed) for m, n in zip(net.moes, again.moes) for a, b in zip(m.routers, n.routers))
-    with pytest.raises(ValueError, match='task 0 has no column left to select in image block 0'): close(banks(net)[0], [2, 3])
-    assert close(banks(net)[0], [0, 1, 3]).place.sum() == 1
+    for m, n in zip(net.moes, again.moes):
+        assert all(torch.equal(a.closed, b.closed) for a, b in zip(m.routers, n.routers))
+    left = 'task 0 has no column left to select in image block 0'
+    with pytest.raises(ValueError, match=left): close(banks(net)[0], [2, 3])
+    assert close(banks(net)[0], [0, 1, 3]).column_to_expert.sum() == 1
 
 
 def test_dropping_an_expert_that_nobody_selects_changes_nothing():
     from moe_merge_nb.layer.moe import MoE, mixture
     torch.manual_seed(0)
-    moe = MoE('image', 0, 8, 5, 3).eval(); moe.add_task()
+    moe = MoE('image', 0, 8, Experts(5, 3)).eval(); moe.add_task()
     for p in moe.parameters(): torch.nn.init.normal_(p)
     moe.routers[0].gate.data[:, 3] = -10                                        # of inputs that are positive
     u = torch.rand(40, 4, 8)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest, torch
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.clip.backbone import load_clip
-from moe_merge_nb.merge.rule import mean
+from moe_merge_nb.merge.combine import mean
 from moe_merge_nb.rewrites.bank import Bank, bank, banks, layer, n_expert_parameters
 from moe_merge_nb.rewrites.group import *
 from moe_merge_nb.rewrites.statistics import Statistics, calibrate
@@ -22,23 +22,32 @@ def test_the_budget_is_kept_over_all_blocks_and_no_block_is_left_empty():
 
 def test_every_expert_is_in_one_group_that_its_leader_leads():
     torch.manual_seed(0)
-    S = torch.rand(7, 7); S[5, 2] = 9.
+    S = torch.rand(7, 7)
+    S[5, 2] = 9.
     found = join([2, 4], S)
     assert sorted(sum(found, [])) == list(range(7)) and [g[0] for g in found] == [2, 4] and 5 in found[0]
 
 
 def test_a_shuffled_and_rescaled_copy_merges_without_loss_only_if_it_is_aligned():
+    from moe_merge_nb.layer.kinds import Experts
     from moe_merge_nb.layer.moe import MoE, mixture
     torch.manual_seed(0)
-    moe = MoE('image', 0, 8, 3, 5).eval(); moe.add_task()
+    moe = MoE('image', 0, 8, Experts(n_experts=3, rank=5)).eval()
+    moe.add_task()
     for p in moe.parameters(): torch.nn.init.normal_(p)
-    old = bank(moe); a, order, c = old.states[0], [3, 0, 4, 1, 2], torch.tensor([.5, 2., 1.5, .7, 1.1])
-    old.states[2] = {**a, 'down.weight': (a['down.weight'] * c[:, None])[order], 'down.bias': (a['down.bias'] * c)[order], 'up.weight': (a['up.weight'] / c)[:, order]}
+    old, order, c = bank(moe), [3, 0, 4, 1, 2], torch.tensor([.5, 2., 1.5, .7, 1.1])
+    a = old.states[0]
+    old.states[2] = {
+        **a,
+        'down.weight': (a['down.weight'] * c[:, None])[order],
+        'down.bias': (a['down.bias'] * c)[order],
+        'up.weight': (a['up.weight'] / c)[:, order],
+    }
     x, n = torch.randn(30, 4, 8), torch.tensor([9, 1, 5])
     y = mixture(layer(old), x, 0)
-    merged = [mixture(layer(merge_groups(old, n, [[0, 2], [1]], mean, aligned)), x, 0) for aligned in (True, False)]
-    torch.testing.assert_close(merged[0], y, rtol=1e-4, atol=1e-5)
-    assert (merged[1] - y).norm() > .1 * y.norm()
+    answer = lambda aligned: mixture(layer(merge_groups(old, n, [[0, 2], [1]], mean, aligned)), x, 0)
+    torch.testing.assert_close(answer(True), y, rtol=1e-4, atol=1e-5)
+    assert (answer(False) - y).norm() > .1 * y.norm()
 
 
 def test_the_full_budget_changes_nothing_and_a_small_one_is_kept():

@@ -23,7 +23,8 @@ def test_last_is_the_last_row_of_the_matrix():
     for p in net.moes.parameters(): torch.nn.init.normal_(p, std=.1)
     oracle = Oracle().fit(None).fit(None)
     toys = Stream('toys', tuple(replace(t, templates=(*t.templates, 'no {} at all')) for t in toys))
-    assert last(net, tok, toys) == dict(evaluate(net, tok, toys, dict(oracle=oracle), 'x', progress=False).matrix[['task', 'accuracy']].values)
+    rows = evaluate(net, tok, toys, selectors=dict(oracle=oracle), after='x', progress=False).matrix
+    assert last(net, tok, toys) == dict(rows[['task', 'accuracy']].values)
 
 
 def test_recovery_trains_the_experts_that_are_left_and_nothing_else():
@@ -42,7 +43,8 @@ def test_recovery_trains_the_experts_that_are_left_and_nothing_else():
     assert all(torch.equal(v, old[k]) for k, v in small.state_dict().items())
     x = torch.stack([toys[0].train[i][0] for i in range(32)])
     words = tok(prompts(toys[0]))
-    with pytest.raises(ValueError, match='compressed'): recover(with_banks(small, [replace(b, stored=9) for b in banks(small)]), net, tok, toys)
+    packed = with_banks(small, [replace(b, stored=9) for b in banks(small)])
+    with pytest.raises(ValueError, match='compressed'): recover(packed, net, tok, toys)
     to_net = lambda m: recovery_loss(logits_of(m, x, words, 0), logits_of(net, x, words, 0))
     assert to_net(done) < to_net(small)
 
@@ -58,10 +60,11 @@ def test_a_sweep_that_was_cut_off_goes_on():
     rules = dict(average=average, drop=drop_least_used)
     with tempfile.TemporaryDirectory() as d:
         kw = dict(file=f'{d}/rows.csv', iterations=0, seed=3, commit='c')
-        rows = reductions(net, tok, toys, dict(average=average), [2, 3], init='own', **kw)
-        with patch.object(module, 'reduction', wraps=reduction) as counted: rows = module.reductions(net, tok, toys, rules, [2, 3], init='own', **kw)
+        rows = reductions(net, tok, toys, rules=dict(average=average), budgets=[2, 3], init='own', **kw)
+        with patch.object(module, 'reduction', wraps=reduction) as counted:
+            rows = module.reductions(net, tok, toys, rules=rules, budgets=[2, 3], init='own', **kw)
         assert counted.call_count == 2 and list(rows.rule) == ['average', 'average', 'drop', 'drop']
-        assert len(reductions(net, tok, toys, rules, [2], init='shared', **kw)) == 6
+        assert len(reductions(net, tok, toys, rules=rules, budgets=[2], init='shared', **kw)) == 6
     assert (rows.experts == rows.budget * len(net.moes)).all()
 
 
@@ -69,10 +72,20 @@ def test_a_rewritten_model_survives_the_disk():
     import tempfile
     torch.manual_seed(0)
     clip_, tok = load_clip('pico', 'random')
-    net = AdaptedCLIP(clip_, n_experts=4, rank=2, shared_init=True, gate='top_p').eval(); net.add_task()
+    net = AdaptedCLIP(clip_, n_experts=4, rank=2, shared_init=True, gate='top_p').eval()
+    net.add_task()
     for p in net.moes.parameters(): torch.nn.init.normal_(p, std=.3)
     small = rewrite(net, calibrate(net, tok, toy_stream(n_tasks=1), images=4), average, 2)
     x = torch.randn(3, 3, 32, 32)
     with tempfile.TemporaryDirectory() as d:
         kept, about = load_banks(save_banks(banks(small), f'{d}/banks.safetensors', rule='average'))
     assert torch.equal(with_banks(net, kept).encode_image(x, 0), small.encode_image(x, 0)) and about == dict(rule='average')
+
+
+def test_banks_of_an_earlier_version_are_read():
+    net = AdaptedCLIP(load_clip('pico', 'random')[0], n_experts=4, rank=2)
+    net.add_task()
+    one = banks(net)[0]
+    names = {new: old for old, new in EARLIER.items()}
+    again = of_row({names.get(name, name): value for name, value in as_row(one).items()})
+    assert torch.equal(again.column_to_expert, one.column_to_expert) and torch.equal(again.always_on, one.always_on)

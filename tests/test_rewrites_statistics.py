@@ -26,20 +26,23 @@ def test_usage_adds_up():
 
 
 def test_the_stream_must_be_the_one_that_was_learned():
-    with pytest.raises(ValueError, match='learned 0 tasks'): calibrate(AdaptedCLIP(*load_clip(pretrained='random')[:1], n_experts=2, rank=2), None, toy_stream(n_tasks=2))
+    untrained = AdaptedCLIP(load_clip(pretrained='random')[0], n_experts=2, rank=2)
+    with pytest.raises(ValueError, match='learned 0 tasks'): calibrate(untrained, None, toy_stream(n_tasks=2))
 
 
 def test_outputs_are_those_of_the_experts():
-    from moe_merge_nb.layer.experts import make_experts, read
+    from moe_merge_nb.layer.experts import Expert, many, read
     torch.manual_seed(0)
-    experts, t = make_experts(3, 8, 4).eval(), torch.randn(10, 8)
+    experts, t = many(lambda: Expert(8, 4), 3).eval(), torch.randn(10, 8)
     for p in experts.parameters(): torch.nn.init.normal_(p)
     torch.testing.assert_close(outputs([read(e) for e in experts], t, .1), torch.stack([e(t) for e in experts]))
 
 
 def test_every_expert_is_most_like_itself():
     torch.manual_seed(0)
-    t = torch.randn(20, 8); Y3 = torch.randn(3, 20, 8); Y3[2] = 5 * Y3[0]
+    t, Y3 = torch.randn(20, 8), torch.randn(3, 20, 8)
+    Y3[2] = 5 * Y3[0]
     S = output_similarity(Y3)
-    torch.testing.assert_close(S.diag(), torch.ones(3)); torch.testing.assert_close(S[0, 2], torch.tensor(1.))
+    torch.testing.assert_close(S.diag(), torch.ones(3))
+    torch.testing.assert_close(S[0, 2], torch.tensor(1.))
     assert abs(S[0, 1]) < .3

@@ -5,7 +5,9 @@ from functools import partial
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import Expert, read
-from moe_merge_nb.merge.rule import Merge, mean, merge_once, usage_weighted
+from moe_merge_nb.merge.rule import Merge, merge_once
+from moe_merge_nb.merge.combine import mean, usage_weighted
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.moe import MoE, mixture
 from moe_merge_nb.rewrites.bank import bank, layer
 from moe_merge_nb.rewrites.group import average, rewrite
@@ -18,9 +20,12 @@ import pytest, torch
 def test_coordinates_keep_all_distances():
     torch.manual_seed(0)
     Y = torch.randn(6, 50, 8)
-    torch.testing.assert_close(torch.cdist(coordinates(Y), coordinates(Y))**2, (Y[:, None] - Y[None]).double().square().sum(-1).mean(-1), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(torch.cdist(coordinates(Y, True), coordinates(Y, True))**2, 2 - 2 * output_similarity(Y).double(), atol=1e-5, rtol=1e-5)
-    assert coordinates(Y).shape == (6, 6) and coordinates(torch.randn(6, 1, 4)).shape == (6, 4)
+    plain, directions = coordinates(Y), coordinates(Y, True)
+    wanted = (Y[:, None] - Y[None]).double().square().sum(-1).mean(-1)
+    torch.testing.assert_close(torch.cdist(plain, plain)**2, wanted, atol=1e-6, rtol=1e-6)
+    wanted = 2 - 2 * output_similarity(Y).double()
+    torch.testing.assert_close(torch.cdist(directions, directions)**2, wanted, atol=1e-5, rtol=1e-5)
+    assert plain.shape == (6, 6) and coordinates(torch.randn(6, 1, 4)).shape == (6, 4)
 
 
 def test_groups_go_where_they_help():
@@ -32,31 +37,36 @@ def test_groups_go_where_they_help():
 def test_without_truncation_it_is_the_average_weighted_by_usage():
     torch.manual_seed(0)
     for width, rank, n in ((8, 5, 3), (6, 9, 4), (16, 4, 2)):
-        states = [{k: torch.randn_like(t, dtype=torch.double) for k, t in read(Expert(width, rank)).items()} for _ in range(n)]
+        like = read(Expert(width, rank))
+        states = [{k: torch.randn_like(t, dtype=torch.double) for k, t in like.items()} for _ in range(n)]
         c, t = torch.randint(0, 9, (n,)), torch.randn(3, width)                     # fewer tokens than directions
         for whiten in (None, t.double()):
-            for name, wanted in usage_weighted(states, c).items(): torch.testing.assert_close(subspace(states, c, tokens=whiten)[name], wanted, atol=1e-9, rtol=1e-9)
+            found = subspace(states, c, tokens=whiten)
+            for name, wanted in usage_weighted(states, c).items():
+                torch.testing.assert_close(found[name], wanted, atol=1e-9, rtol=1e-9)
 
 
 def test_truncated_it_is_a_projection_of_the_average():
     torch.manual_seed(0)
-    states = [{k: torch.randn_like(t, dtype=torch.double) for k, t in read(Expert(8, 5)).items()} for _ in range(3)]
-    c, t, full = torch.tensor([5, 3, 1]), torch.randn(40, 8).double(), usage_weighted(states, torch.tensor([5, 3, 1]))
+    like, c = read(Expert(8, 5)), torch.tensor([5, 3, 1])
+    states = [{k: torch.randn_like(t, dtype=torch.double) for k, t in like.items()} for _ in range(3)]
+    t, full = torch.randn(40, 8).double(), usage_weighted(states, c)
     for q in (1, 2, 3):
-        merged = subspace(states, c, rank=q)
+        merged, whitened = subspace(states, c, rank=q), subspace(states, c, rank=q, tokens=t)
         for name in ('down.weight', 'up.weight'):
             U = torch.linalg.svd(torch.cat([s[name] for s in states], dim=1)).U[:, :q]
             torch.testing.assert_close(merged[name], U @ U.T @ full[name])
-            for made in (merged, subspace(states, c, rank=q, tokens=t)): assert torch.linalg.matrix_rank(made[name]) == q
+            for made in (merged, whitened): assert torch.linalg.matrix_rank(made[name]) == q
         for name in ('down.bias', 'up.bias'): torch.testing.assert_close(merged[name], full[name])
 
 
 def test_identical_experts_stay_what_they_are():
     torch.manual_seed(0)
-    one = {k: torch.randn_like(t) for k, t in read(Expert(8, 5)).items()}
+    one, c = {k: torch.randn_like(t) for k, t in read(Expert(8, 5)).items()}, torch.tensor([4, 0, 1])
     for tokens in (None, torch.randn(30, 8)):
         for rank in (None, 5):
-            for name, t in subspace([one] * 3, torch.tensor([4, 0, 1]), rank=rank, tokens=tokens).items(): torch.testing.assert_close(t, one[name], atol=1e-5, rtol=1e-5)
+            found = subspace([one] * 3, c, rank=rank, tokens=tokens)
+            for name, t in found.items(): torch.testing.assert_close(t, one[name], atol=1e-5, rtol=1e-5)
 
 
 def test_whitened_truncation_changes_answers_less():
@@ -71,7 +81,8 @@ def test_whitened_truncation_changes_answers_less():
 
 def test_it_can_combine_during_training():
     torch.manual_seed(0)
-    layer_ = MoE('image', 0, 8, 4, 5); layer_.add_task()
+    layer_ = MoE('image', 0, 8, Experts(n_experts=4, rank=5))
+    layer_.add_task()
     for p in layer_.parameters(): torch.nn.init.normal_(p)
     merge_once(layer_, torch.tensor([4, 9, 1, 7]), Merge(combine=partial(subspace, rank=2)))
     assert torch.linalg.matrix_rank(layer_.experts[2].up.weight) == 2
@@ -80,16 +91,25 @@ def test_it_can_combine_during_training():
 
 def test_a_shuffled_and_rescaled_copy_merges_without_loss_only_if_it_is_aligned():
     torch.manual_seed(0)
-    moe = MoE('image', 0, 8, 4, 5).eval(); moe.add_task()
+    moe = MoE('image', 0, 8, Experts(n_experts=4, rank=5)).eval()
+    moe.add_task()
     for p in moe.parameters(): torch.nn.init.normal_(p)
-    old = bank(moe); a, order, c = old.states[0], [3, 0, 4, 1, 2], torch.tensor([.5, 2., 1.5, .7, 1.1])
-    old.states[3] = {**a, 'down.weight': (a['down.weight'] * c[:, None])[order], 'down.bias': (a['down.bias'] * c)[order], 'up.weight': (a['up.weight'] / c)[:, order]}
-    u = torch.randn(60, 4, 8); h = u[:, 0] @ old.gate[0]
-    found = Statistics(h, old.select(h), *torch.zeros(2, 60, dtype=torch.long), torch.zeros(4), u.flatten(0, 1))
+    old, order, c = bank(moe), [3, 0, 4, 1, 2], torch.tensor([.5, 2., 1.5, .7, 1.1])
+    a = old.states[0]
+    old.states[3] = {
+        **a,
+        'down.weight': (a['down.weight'] * c[:, None])[order],
+        'down.bias': (a['down.bias'] * c)[order],
+        'up.weight': (a['up.weight'] / c)[:, order],
+    }
+    u = torch.randn(60, 4, 8)
+    h, nothing = u[:, 0] @ old.gate[0], torch.zeros(2, 60, dtype=torch.long)
+    found = Statistics(h, old.select(h), *nothing, peak=torch.zeros(4), tokens=u.flatten(0, 1))
     v = mixture(layer(old), u, 0)
     for options in ({}, dict(cosine=True), dict(adaptive=False), dict(whiten=True)):
         new, = submoe([old], [found], 3, aligned=True, **options)
-        assert new.place[0].equal(new.place[3]) and new.place.sum(0).sort().values.tolist() == [1, 1, 2]
+        to = new.column_to_expert
+        assert to[0].equal(to[3]) and to.sum(0).sort().values.tolist() == [1, 1, 2]
         torch.testing.assert_close(mixture(layer(new), u, 0), v, rtol=1e-4, atol=1e-4)
         plain, = submoe([old], [found], 3, **options)
         assert (mixture(layer(plain), u, 0) - v).norm() > .05 * v.norm()
@@ -110,11 +130,14 @@ def test_the_full_budget_changes_nothing_and_a_small_one_is_kept():
 
 def test_exact_copies_leave_fewer_groups_and_lose_nothing():
     torch.manual_seed(0)
-    moe = MoE('image', 0, 8, 4, 5).eval(); moe.add_task()
+    moe = MoE('image', 0, 8, Experts(n_experts=4, rank=5)).eval()
+    moe.add_task()
     for p in moe.parameters(): torch.nn.init.normal_(p)
-    old = bank(moe); old.states[2] = old.states[3] = old.states[0]
-    u = torch.randn(60, 4, 8); h = u[:, 0] @ old.gate[0]
-    found = Statistics(h, old.select(h), *torch.zeros(2, 60, dtype=torch.long), torch.zeros(4), u.flatten(0, 1))
+    old = bank(moe)
+    old.states[2] = old.states[3] = old.states[0]
+    u = torch.randn(60, 4, 8)
+    h, nothing = u[:, 0] @ old.gate[0], torch.zeros(2, 60, dtype=torch.long)
+    found = Statistics(h, old.select(h), *nothing, peak=torch.zeros(4), tokens=u.flatten(0, 1))
     for budget in (2, 3):
         new, = submoe([old], [found], budget)
         assert len(new.states) <= budget

@@ -2,120 +2,21 @@
 
 
 import contextlib, io
-import pytest
-from hydra.errors import ConfigCompositionException
-from moe_merge_nb.learn.results import *
-from dataclasses import replace
-from moe_merge_nb.run.config import CHANGES, METHODS
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from moe_merge_nb.learn.results import example_result
 from moe_merge_nb.run.cli import *
 
 
-def test_the_published_number_of_parameters():
-    import open_clip, torch
-    from types import SimpleNamespace
-    from moe_merge_nb.run.config import method
-    vitb16 = open_clip.create_model('ViT-B-16-quickgelu', pretrained=None, device='meta')                                # shapes without numbers
-    found = parameters(method('moe_merge', 'mtil'), vitb16, [SimpleNamespace(classes=range(100))] * 11)
-    assert (found['experts'], found['routers']) == (43_625_472, 7_434_240) and found['selector oracle'] == 0 < found['selector gaussian']
+def test_a_directory_is_removed_only_if_nothing_was_written_to_it():
+    with TemporaryDirectory() as d:
+        used, unused = Path(d)/'runs'/'used', Path(d)/'runs'/'unused'
+        for folder in (used, unused): folder.mkdir(parents=True)
+        (used/'config.json').write_text('{}')
+        for folder in (used, unused, Path(d)/'nowhere'): tidy(folder)
+        assert used.is_dir() and not unused.exists()
 
 
-tiny = 'stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=4', 'train.warmup=1', 'train.batch=8', 'experts.n_experts=4', 'experts.rank=2'
-
-
-def test_options_reach_the_fields_they_name():
-    m = method_of(composed('method=moe_merge', 'merge.every=40', 'experts.rank=8', 'freeze.n=3', 'selectors=[oracle]'))
-    assert m.merge.every == 40 and m.experts['rank'] == 8 and m.freeze.n == 3 and m.selectors == ('oracle',) and m.name == 'moe_merge'
-
-
-def test_settings_follow_the_stream_and_the_shots_unless_given():
-    m = method_of(composed('stream=mtil', 'method=zscl', 'shots=5', 'baseline.weight=3', 'train.workers=0'))
-    assert m.train.iterations == 500 and m.train.lr_of('MNIST') == 5e-5 and m.baseline.every == 100 and m.baseline.weight == 3 and m.train.workers == 0
-    assert method_of(composed('method=zscl')).baseline.every == 15 and method_of(composed('stream=mtil', 'experts.rank=8')).experts == {**METHODS['moe'].experts, 'rank': 8}
-
-
-def test_a_change_sets_the_fields_it_names():
-    cfg = composed('method=moe_merge', 'change=protect')
-    assert cfg.change == 'protect' and method_of(cfg).merge == replace(METHODS['moe_merge'].merge, protect=True)
-    assert method_of(composed('method=moe', 'change=freeze_bug')).freeze.freeze_bug and method_of(composed('method=moe', 'change=top1')).experts['top_k'] == 1
-    for name, settings in CHANGES.items():                                          # each can be made by the method it is for
-        base = 'moe_warm' if name in ('merging_unfrozen', 'start_copy', 'start_pairs', 'start_fresh') else 'moe_merge'
-        method_of(composed(f'method={base}', f'change={name}'))
-
-
-def test_the_cells_of_an_experiment_that_follow_a_setting_follow_it():
-    assert composed('experiment=ablation', 'seed=3').data_seed == 3 and composed('experiment=main', 'seed=3').data_seed == 0
-    assert experiment_options('x', dict(data_seed=['${seed}'], seed=[0, 1]))['hydra']['sweeper']['params'] == dict(seed='0,1')
-
-
-def test_long_names_are_cut_and_stay_apart():
-    a, b = 'x=1,' * 60 + 'a', 'x=1,' * 60 + 'b'
-    assert len(short(a)) == 150 and short(a) != short(b) and short(a) == short(a) and short('seed=1') == 'seed=1'
-
-
-def test_a_missing_folder_is_asked_for():
-    with pytest.raises(UsageError, match='root is missing'): job(composed('stream=folder', 'model=random'), progress=False)
-
-
-def test_impossible_values_are_refused_with_field_and_limit():
-    for bad, says in {'experts.top_k=23': 'top_k is 23, but there are 22 experts', 'experts.rank=0': 'rank is 0', 'merge.every=0': 'merge.every is 0', 'train.batch=0': 'train.batch is 0', 'merge.combine=medain': 'medain', 'selectors=[psychic]': 'psychic'}.items():
-        with pytest.raises(UsageError, match=says): method_of(composed('method=moe_merge', bad))
-    for bad in ('order=3', 'data_seed=-1', 'shots=0'):
-        with pytest.raises(UsageError, match=bad.split('=')[1]): job(composed(bad), progress=False)
-    for bad in ('seed=abc', 'seed=-1', 'seed=1.5', 'threads=0', 'train=5', 'merge=5', 'freeze=5', 'freeze.n=-1', 'selectors=gaussian'):
-        with pytest.raises(UsageError, match=bad.split('=')[0]): job(composed('method=moe_merge', 'stream=toy', 'model=random', bad), progress=False)
-    with pytest.raises(UsageError, match='toy_stream|n_tasks'): job(composed('stream=toy', 'stream.n_tasks=0', 'model=random'), progress=False)
-
-
-def test_unknown_keys_are_refused():
-    for bad in ('experts.ranks=8', 'merge.evry=3', 'method=moe_merged', 'sede=1'):
-        with pytest.raises(ConfigCompositionException): composed(bad)
-    with pytest.raises(ConfigCompositionException): composed('method=moe', 'merge.every=3')
-    with pytest.raises(ConfigCompositionException): composed('stream=toy', 'order=2')
-
-
-def test_the_command_runs_what_python_runs():
-    from moe_merge_nb.clip.backbone import load_clip
-    from moe_merge_nb.learn.loop import run
-    from moe_merge_nb.streams.tasks import toy_stream
-    cfg = composed(*tiny)
-    a, b = job(cfg, progress=False), run(toy_stream(2), method_of(cfg), 0, load_clip('pico', 'random'), progress=False)
-    assert a.matrix.equals(b.matrix) and a.config['data_seed'] == 0
-
-
-def test_a_finished_run_is_not_done_again_and_another_one_is_not_overwritten():
-    import tempfile
-    with tempfile.TemporaryDirectory() as d:
-        a, again = job(composed(*tiny), d, False), job(composed(*tiny), d, False)
-        with pytest.raises(UsageError, match='another seed .0, not 1.'): job(composed(*tiny, 'seed=1'), d, False)
-        assert load_result(d).timings == a.timings == again.timings
-
-
-def test_what_changes_no_number_changes_no_run():
-    import tempfile
-    with tempfile.TemporaryDirectory() as d:
-        a = job(composed(*tiny, 'cache_mb=0', 'save_every=1'), d, False)
-        assert job(composed(*tiny, 'save_every=null'), d, False).timings == a.timings
-    for bad in ('cache_mb=-1', 'cache_mb=x', 'save_every=0', 'save_every=1.5'):
-        with pytest.raises(UsageError, match=bad.split('=')[0]): job(composed(*tiny, bad), progress=False)
-
-
-def test_a_directory_in_use_is_refused_in_one_line():
-    import tempfile
-    from filelock import FileLock
-    with tempfile.TemporaryDirectory() as d, FileLock(f'{d}/.lock'):
-        with pytest.raises(UsageError, match='is in use by another process'): job(composed(*tiny), d, False)
-
-
-def test_a_tracker_is_fed_when_asked_for_and_unknown_ones_are_refused():
-    import tempfile
-    from pathlib import Path
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    with tempfile.TemporaryDirectory() as d:
-        job(composed(*tiny, 'method=moe', 'track=tensorboard'), d, False)
-        events = EventAccumulator(str(next(Path(d).rglob('events.out*')).parent)).Reload()
-        assert {'train/loss', 'accuracy/oracle/circles', 'spent/memory_mb'} <= set(events.Tags()['scalars'])
-        assert [e.step for e in events.Scalars('train/loss')] == [4, 8]
-        job(composed(*tiny), f'{d}/without', False)
-        assert not list(Path(d, 'without').rglob('events.out*'))
-    with pytest.raises(UsageError, match="track is 'tensorbored'"): job(composed(*tiny, 'track=tensorbored'), progress=False)
-    with pytest.raises(UsageError, match="device is 'gpu'"): job(composed(*tiny, 'device=gpu'), progress=False)
+def test_the_three_numbers_are_shown_and_where_the_run_is():
+    with contextlib.redirect_stdout(io.StringIO()) as out: show(example_result('moe'), 'runs/example')
+    assert 'Transfer' in out.getvalue() and out.getvalue().endswith('\nruns/example\n')

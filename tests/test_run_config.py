@@ -2,37 +2,17 @@
 
 
 import pytest
+from omegaconf import MISSING
 from moe_merge_nb.run.config import *
 
 
-def test_unknown_methods_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="zero_shot.*moe_merge"): method('moe_merged')
-    with pytest.raises(ValueError, match="mini.*mtil"): method('moe', 'mtill')
+def test_every_stream_is_given_what_it_has_a_name_for():
+    assert given('toy') == {'seed': ('data_seed', 0)} and given('folder')['order'] == ('order', None)
+    assert given('mtil')['root'] == ('root', 'data') and given('folder')['root'][1] == MISSING
+    with pytest.raises(ValueError, match='stream is .*choose one of'): given('no_such')
 
 
-def test_merging_is_the_only_difference_between_moe_and_moe_merge():
-    from dataclasses import asdict
-    for protocol in PROTOCOLS:
-        a, b = asdict(method('moe', protocol)), asdict(method('moe_merge', protocol))
-        assert {k for k in a if a[k] != b[k]} == {'name', 'merge'}
-
-
-def test_baselines_differ_from_full_fine_tuning_in_the_baseline_and_its_learning_rate():
-    from dataclasses import asdict
-    ft = asdict(method('finetune'))
-    for name in ('lwf', 'wise_ft', 'zscl', 'icarl'):
-        m = asdict(method(name))
-        assert {k for k in ft if ft[k] != m[k]} - {'train'} == {'name', 'baseline'} and {k for k in ft['train'] if ft['train'][k] != m['train'][k]} <= {'lr'}
-
-
-def test_the_published_protocol_is_chosen_by_stream_and_shots():
-    m = method('moe_merge', 'mtil')
-    assert (m.train.iterations, m.train.batch, m.train.warmup, m.train.label_smoothing, m.train.weight_decay, m.train.betas) == (1000, 64, 100, .2, 0, (.9, .999))
-    assert m.experts['rank'] == 64 and m.experts['n_experts'] == 22 and m.train.lr_of('Aircraft') == 5e-3 and m.train.lr_of('EuroSAT') == 1e-4
-    few = method('moe_merge', 'mtil', shots=5)
-    assert few.train.iterations == 500 and few.train.lr_of('Aircraft') == 8e-3 and method('moe', 'mini', shots=5) == method('moe', 'mini')
-
-
-def test_the_shared_adapter_is_one_expert_that_is_always_on():
-    m = method('adapter')
-    assert m.experts['n_experts'] == m.experts['top_k'] == 1 and m.freeze is None
+def test_changes_and_experiments_name_what_there_is():
+    from moe_merge_nb.baselines.methods import METHODS
+    for name, grid in EXPERIMENTS.items():
+        assert set(grid['method']) <= METHODS.keys() and set(grid.get('change', [])) <= CHANGES.keys(), name

@@ -7,29 +7,52 @@ import pytest
 from moe_merge_nb.safe.guard import *
 
 
-def test_a_second_process_is_refused_by_name():
-    import subprocess, sys, tempfile
-    from moe_merge_nb.safe import guard
-    SCRIPT = 'import sys\nfrom moe_merge_nb.safe.guard import *\nwith locked(sys.argv[1]): print("mine", flush=True); sys.stdin.read()'
+import subprocess, sys, textwrap
+def child(script, directory):
+    "Another process, which runs `script` with the directory as its argument"
     path = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, '-c', textwrap.dedent(script), directory]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': path}, **pipes)
+
+
+def test_a_second_process_is_refused_by_name():
+    import tempfile
+    SCRIPT = '''
+    import sys
+    from moe_merge_nb.safe.guard import *
+    with locked(sys.argv[1]):
+        print("mine", flush=True)
+        sys.stdin.read()
+    '''
     with tempfile.TemporaryDirectory() as d:
-        child = subprocess.Popen([sys.executable, '-c', SCRIPT, d], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': path})
-        assert child.stdout.readline() == b'mine\n'
-        with pytest.raises(InUse, match=f'{d} is in use by process {child.pid} on'):
+        other = child(SCRIPT, d)
+        assert other.stdout.readline() == b'mine\n'
+        with pytest.raises(InUse, match=f'{d} is in use by process {other.pid} on'):
             with locked(d): pass
-        child.kill(); child.communicate()                                           # SIGKILL: it cannot give the lock back
-        assert owner(d)[0] == child.pid and dead(owner(d))
+        other.kill()                                                                # SIGKILL: it cannot give the lock back
+        other.communicate()
+        assert owner(d)[0] == other.pid and dead(owner(d))
         with locked(d): assert owner(d)[0] == os.getpid()
         assert owner(d) is None
 
 
 def test_the_children_of_a_killed_process_are_waited_for():
-    import subprocess, sys, tempfile, time
-    SCRIPT = 'import os, sys, time\nfrom moe_merge_nb.safe.guard import *\nwith locked(sys.argv[1]):\n    if os.fork() == 0: time.sleep(1.5); os._exit(0)\n    print("mine", flush=True); os.kill(os.getpid(), 9)'
-    path = os.pathsep.join(p for p in sys.path if p)
+    import tempfile
+    SCRIPT = '''
+    import os, sys, time
+    from moe_merge_nb.safe.guard import *
+    with locked(sys.argv[1]):
+        if os.fork() == 0:
+            time.sleep(1.5)
+            os._exit(0)
+        print("mine", flush=True)
+        os.kill(os.getpid(), 9)
+    '''
     with tempfile.TemporaryDirectory() as d:
-        child = subprocess.Popen([sys.executable, '-c', SCRIPT, d], stdout=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': path})
-        child.stdout.readline(); child.wait()
+        other = child(SCRIPT, d)
+        other.stdout.readline()
+        other.wait()
         with locked(d): pass
 
 
@@ -50,6 +73,8 @@ def test_a_signal_is_remembered_and_the_second_one_ends():
 def test_where_nothing_can_be_lost_the_end_is_immediate():
     with Stop() as stop:
         with pytest.raises(Stopped):
-            with stop.now(): os.kill(os.getpid(), signal.SIGTERM); assert False
+            with stop.now():
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert False
         with pytest.raises(Stopped):
             with stop.now(): assert False

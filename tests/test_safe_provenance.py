@@ -10,13 +10,16 @@ def test_a_commit_is_named_and_whether_files_differ_from_it():
     import tempfile
     from pathlib import Path
     from moe_merge_nb.safe.provenance import git
+    AUTHOR = ('-c', 'user.name=a', '-c', 'user.email=a@b.c')
     with tempfile.TemporaryDirectory() as d:
-        here = Path(d)/'package'; here.mkdir()
+        here = Path(d)/'package'
+        here.mkdir()
         (here/'__init__.py').write_text('')
         assert commit_of(here) == dict(commit=None, dirty=None)             # no repository
         git(Path(d), 'init', '-q')
         assert commit_of(here) == dict(commit=None, dirty=None)             # a repository, but not of these files
-        git(Path(d), 'add', '.'); git(Path(d), '-c', 'user.name=a', '-c', 'user.email=a@b.c', 'commit', '-q', '-m', 'x')
+        git(Path(d), 'add', '.')
+        git(Path(d), *AUTHOR, 'commit', '-q', '-m', 'x')
         clean = commit_of(here)
         assert len(clean['commit']) == 12 and clean['dirty'] is False
         (here/'__init__.py').write_text('changed')
@@ -24,4 +27,6 @@ def test_a_commit_is_named_and_whether_files_differ_from_it():
 
 
 def test_the_hash_depends_on_every_value_and_on_no_order():
-    assert config_hash(dict(a=1, b=dict(c=2, d=3))) == config_hash(dict(b=dict(d=3, c=2), a=1)) != config_hash(dict(a=1, b=dict(c=2, d=4)))
+    name = config_hash(dict(a=1, b=dict(c=2, d=3)))
+    assert name == config_hash(dict(b=dict(d=3, c=2), a=1))
+    assert name != config_hash(dict(a=1, b=dict(c=2, d=4)))

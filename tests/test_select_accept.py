@@ -14,9 +14,12 @@ class Mean(Fitted):
         fit, held = self.split(features)
         mu = features[fit].mean(0)
         threshold = (features[held] - mu).norm(dim=1).quantile(self.quantile)
-        self.means, self.thresholds, self.n_tasks = [*self.means, mu], torch.cat([self.thresholds, threshold[None]]), self.n_tasks + 1
+        self.means = [*self.means, mu]
+        self.thresholds = torch.cat([self.thresholds, threshold[None]])
+        self.n_tasks += 1
         return self
-    def distances(self, features): return torch.stack([(features - mu).norm(dim=1) for mu in self.means], dim=1)
+    def distances(self, features):
+        return torch.stack([(features - mu).norm(dim=1) for mu in self.means], dim=1)
 
 
 def test_the_quantile_of_own_images_is_accepted():
@@ -43,7 +46,8 @@ def test_a_restored_selector_goes_on_as_the_first_would_have():
     assert (r.scores(x) == s.scores(x)).all()
     assert (r.fit(b).scores(x) == s.fit(b).scores(x)).all() # the split of the next task too
     assert r.select(x).unique().tolist() == [-1, 0, 1]
-    with pytest.raises(ValueError, match=r"holds \['n_tasks', 'nets'\]; a Mean needs"): Mean().restore(dict(n_tasks=1, nets=[]))
+    with pytest.raises(ValueError, match=r"holds \['n_tasks', 'nets'\]; a Mean needs"):
+        Mean().restore(dict(n_tasks=1, nets=[]))
 
 
 def test_nothing_learned_takes_no_part_and_wrong_options_are_refused():

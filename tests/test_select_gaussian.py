@@ -9,7 +9,8 @@ def test_quantile_of_own_held_out_images_is_accepted():
     g = torch.Generator().manual_seed(0)
     a, b, far = (torch.randn(500, 8, generator=g) + m for m in (0, 6, 40))
     s = Gaussian(quantile=.9, held_out=.5).fit(a).fit(b)
-    for t, kept in enumerate(s.kept): assert .88 <= (s.scores(kept)[:, t] <= 1).float().mean() <= .92
+    for t, kept in enumerate(s.kept):
+        assert .88 <= (s.scores(kept)[:, t] <= 1).float().mean() <= .92
     assert (s.select(a)[s.select(a) >= 0] == 0).all() and (s.select(b)[s.select(b) >= 0] == 1).all()
     assert (s.select(far) == -1).all() # above every threshold
 
@@ -24,7 +25,8 @@ def test_gaussian_distance_is_mahalanobis():
     sigma = .5*(S1 + S2)/2 + .5*S1 # half pooled, half own
     sigma = .75*sigma + .25*np.diag(np.diag(sigma))
     r = (x[:5] - x[fit].mean(0)).numpy()
-    np.testing.assert_allclose(s.distances(x[:5])[:, 0], np.sqrt(np.einsum('ni,ij,nj->n', r, np.linalg.inv(sigma), r)), rtol=1e-5)
+    by_hand = np.sqrt(np.einsum('ni,ij,nj->n', r, np.linalg.inv(sigma), r))
+    np.testing.assert_allclose(s.distances(x[:5])[:, 0], by_hand, rtol=1e-5)
 
 
 def test_features_in_other_units_change_nothing():

@@ -6,9 +6,10 @@ from pathlib import Path
 from unittest.mock import patch
 from urllib.error import URLError
 import pytest
-from moe_merge_nb.streams.datasets import MTIL, find
+from moe_merge_nb.streams.datasets import find
 from moe_merge_nb.streams.miniature import miniature
-from moe_merge_nb.streams.prepare import check_names, damaged, download, main, prepare, status
+from moe_merge_nb.streams.prepare import check_names, damaged, download, main, status
+from moe_merge_nb.streams.sources import MTIL
 
 def run(*args):
     "Exit code, what was written to the screen, and errors"
@@ -32,19 +33,28 @@ def test_failures_become_messages_and_the_others_go_on():
     def no_network(*args, **kwargs): raise URLError('Temporary failure in name resolution')
     modules = 'fgvc_aircraft caltech cifar dtd eurosat flowers102 food101 mnist oxford_iiit_pet sun397'.split()
     with tempfile.TemporaryDirectory() as d, contextlib.ExitStack() as stack:
-        for m in modules: stack.enter_context(patch(f'torchvision.datasets.{m}.download_and_extract_archive', side_effect=no_network))
+        for m in modules:
+            fetching = f'torchvision.datasets.{m}.download_and_extract_archive'
+            stack.enter_context(patch(fetching, side_effect=no_network))
         code, out, err = run('prepare', '--root', d)
         assert code == 1 and not err
-        for n in MTIL: assert f'{n} is not complete: missing: ' in out and f'needed in {d}: {MTIL[n].files}' in out, n
-        assert out.count('the download failed: ') == 10 and 'name resolution' in out and 'StanfordCars: must be fetched by hand' in out and 'kaggle.com' in out
+        for n in MTIL:
+            assert f'{n} is not complete: missing: ' in out and f'needed in {d}: {MTIL[n].files}' in out, n
+        assert out.count('the download failed: ') == 10 and 'name resolution' in out
+        assert 'StanfordCars: must be fetched by hand' in out and 'kaggle.com' in out
         assert 'left over from an interrupted download' in out # Caltech101's folder, which torchvision makes first
 
 
 def test_a_download_that_works_is_checked():
     small = MTIL['DTD']._replace(n_classes=2, n_train=4, n_test=4)
-    def fetch(url, download_root, **kwargs): shutil.copytree(made/'dtd/dtd', Path(download_root)/'dtd') # in place of the network
-    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b, patch.dict(MTIL, DTD=small), patch('torchvision.datasets.dtd.download_and_extract_archive', side_effect=fetch) as fetched:
+    with contextlib.ExitStack() as stack:
+        a, b = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
         made = miniature(a, classes=2, per_class=2)
+        def fetch(url, download_root, **kwargs): # in place of the network
+            shutil.copytree(made/'dtd/dtd', Path(download_root)/'dtd')
+        fetching = patch('torchvision.datasets.dtd.download_and_extract_archive', side_effect=fetch)
+        fetched = stack.enter_context(fetching)
+        stack.enter_context(patch.dict(MTIL, DTD=small))
         assert run('status', '--root', b, 'DTD')[0] == 1 and not os.listdir(b)
         code, out, _ = run('prepare', '--root', b, 'DTD')
         assert code == 0 and 'DTD: complete' in out and fetched.call_count == 1
@@ -57,17 +67,19 @@ def test_a_download_that_works_is_checked():
 
 def test_status_of_a_miniature_and_of_nothing():
     with tempfile.TemporaryDirectory() as d:
-        code, out, _ = run('miniature', Path(d)/'tiny', '--classes', 2, '--per-class', 2)
+        tiny, empty = Path(d)/'tiny', Path(d)/'empty'
+        code, out, _ = run('miniature', tiny, '--classes', 2, '--per-class', 2)
         assert code == 0 and '11 datasets' in out
-        code, out, _ = run('status', '--root', Path(d)/'tiny', '--no-check')
+        code, out, _ = run('status', '--root', tiny, '--no-check')
         assert code == 0 and out.count('readable') == 11 and '4 / 3334' in out
-        code, out, _ = run('status', '--root', Path(d)/'tiny')
-        assert code == 1 and '11 of 11 are not complete' in out and '2 classes, should be 100 (and 2 more)' in out and 'cannot read it' in out
-        code, out, _ = run('status', '--root', Path(d)/'empty')
-        assert code == 1 and out.count('missing') == 11 and '- / 3334' in out and not (Path(d)/'empty').exists()
-        code, out, _ = run('status', '--root', Path(d)/'tiny', '--no-check', 'MNIST', 'Food')
+        code, out, _ = run('status', '--root', tiny)
+        assert code == 1 and '11 of 11 are not complete' in out
+        assert '2 classes, should be 100 (and 2 more)' in out and 'cannot read it' in out
+        code, out, _ = run('status', '--root', empty)
+        assert code == 1 and out.count('missing') == 11 and '- / 3334' in out and not empty.exists()
+        code, out, _ = run('status', '--root', tiny, '--no-check', 'MNIST', 'Food')
         assert code == 0 and 'Food' in out and 'SUN397' not in out
-        code, _, err = run('miniature', Path(d)/'tiny')
+        code, _, err = run('miniature', tiny)
         assert code == 1 and 'already' in err
 
 

@@ -11,7 +11,8 @@ def test_a_batch_is_the_single_images_stacked():
     for (a, la), i in zip(six.__getitems__([4, 0, 5]), [4, 0, 5]):
         b, lb = six[i]
         assert torch.equal(a, b) and la == lb == i
-    mu, sigma = torch.tensor([.48145466, .4578275, .40821073]).view(3, 1, 1), torch.tensor([.26862954, .26130258, .27577711]).view(3, 1, 1)
+    mu = torch.tensor([.48145466, .4578275, .40821073]).view(3, 1, 1)
+    sigma = torch.tensor([.26862954, .26130258, .27577711]).view(3, 1, 1)
     assert torch.equal(((six[2][0]*sigma + mu) * 255).round().byte(), six.images[2]) # the way back
 
 
@@ -28,16 +29,28 @@ def test_stack_keeps_the_order():
 
 
 def test_impossible_tasks_are_refused():
-    good = dict(name='Pets', classes=['cat', 'dog'], templates=['a {}.'], train=Images(np.zeros((2, 3, 8, 8), 'uint8'), [0, 1]))
-    good['test'] = good['train']
+    def blank(labels): return Images(np.zeros((len(labels), 3, 8, 8), 'uint8'), labels)
+    good = dict(name='Pets', classes=['cat', 'dog'], templates=['a {}.'], train=blank([0, 1]), test=blank([0, 1]))
     assert Task(**good).classes == ('cat', 'dog')
-    none = Images(np.zeros((0, 3, 8, 8), 'uint8'), [])
-    for wrong, words in [(dict(classes=[]), '0 classes'), (dict(classes=['cat', 'cat']), 'cat'), (dict(classes='cat'), 'tuple'), (dict(templates=[]), '0 templates'),
-                         (dict(templates=['a photo.']), '0 gaps'), (dict(templates=['a {} {}.']), '2 gaps'), (dict(test=none), 'test has 0 images'), (dict(train=none), 'train has 0 images'),
-                         (dict(calibration=Images(np.zeros((1, 3, 8, 8), 'uint8'), [0])), 'calibration has 1 images; it needs the 2'),
-                         (dict(name='Pets\r'), 'control character'), (dict(name='Pets\udce9'), 'no Unicode text'), (dict(classes=['cat', 'caf\udce9']), 'no Unicode text'), (dict(classes=['cat', ' ']), 'blank'), (dict(classes=['cat', 3]), 'is no name'),
-                         (dict(classes=['cat']), r'labels of train are 0 \.\.\. 1; with 1 classes they must be 0 \.\.\. 0'), (dict(test=Images(np.zeros((2, 3, 8, 8), 'uint8'), [-100, 0])), 'labels of test are -100')]:
-        with pytest.raises(ValueError, match=words) as e: Task(**(good | wrong))
+    wrong = [
+        (dict(classes=[]), '0 classes'),
+        (dict(classes=['cat', 'cat']), 'cat'),
+        (dict(classes='cat'), 'tuple'),
+        (dict(classes=['cat', 'caf\udce9']), 'no Unicode text'),
+        (dict(classes=['cat', ' ']), 'blank'),
+        (dict(classes=['cat', 3]), 'is no name'),
+        (dict(templates=[]), '0 templates'),
+        (dict(templates=['a photo.']), '0 gaps'),
+        (dict(templates=['a {} {}.']), '2 gaps'),
+        (dict(test=blank([])), 'test has 0 images'),
+        (dict(train=blank([])), 'train has 0 images'),
+        (dict(calibration=blank([0])), 'calibration has 1 images; it needs the 2'),
+        (dict(name='Pets\r'), 'control character'),
+        (dict(name='Pets\udce9'), 'no Unicode text'),
+        (dict(classes=['cat']), r'labels of train are 0 \.\.\. 1; with 1 classes they must be 0 \.\.\. 0'),
+        (dict(test=blank([-100, 0])), 'labels of test are -100')]
+    for change, words in wrong:
+        with pytest.raises(ValueError, match=words) as e: Task(**(good | change))
         assert 'Pets' in str(e.value)
 
 
@@ -62,3 +75,8 @@ def test_a_seed_gives_the_same_toy_stream_and_another_seed_another():
         assert ta.train.labels.bincount().tolist() == [16, 16, 16] and ta.test.labels.bincount().tolist() == [8, 8, 8]
     with pytest.raises(ValueError, match='n_tasks is 7'): toy_stream(n_tasks=7)
     assert len(toy_stream(n_tasks=6, n_classes=6)) == 6
+
+
+def test_every_name_stands_for_a_function():
+    from moe_merge_nb.safe.doors import resolve
+    for name in STREAMS: assert resolve(name, STREAMS, 'stream').__module__.startswith('moe_merge_nb.streams')

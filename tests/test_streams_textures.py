@@ -2,7 +2,7 @@
 
 
 import numpy as np, pytest, torch
-from moe_merge_nb.streams.textures import LAND, TEXTURES, land, textures
+from moe_merge_nb.streams.textures import TEXTURES, textures
 
 
 def test_the_two_colours_differ_by_half_in_luminance():
@@ -20,10 +20,3 @@ def test_textures_are_decided_by_the_generator_and_not_by_their_mean():
         assert a.dtype == np.uint8 and a.shape == (8, 3, 32, 32) and (a == b).all()
         assert a.std((2, 3)).mean() > 25, name # in grey levels: every texture has contrast
     with pytest.raises(ValueError, match='texture'): textures(np.random.default_rng(0), 'hairy', 2)
-
-
-def test_land_covers_are_decided_by_the_generator():
-    for name in LAND:
-        a, b, c = (land(np.random.default_rng(s), name, 8) for s in (0, 0, 1))
-        assert a.dtype == np.uint8 and a.shape == (8, 3, 32, 32) and (a == b).all() and (a != c).any()
-    with pytest.raises(ValueError, match='land cover'): land(np.random.default_rng(0), 'moon', 2)

@@ -2,7 +2,7 @@
 
 
 import numpy as np, pandas as pd, pytest
-from moe_merge_nb.learn.results import example_result, pack, unpack
+from moe_merge_nb.learn.results import example_result
 from moe_merge_nb.study.study import *
 
 def made(method='moe', seed=0, data_seed=0, order=1, learned=0., forgotten=0., **config):
@@ -16,7 +16,8 @@ def made(method='moe', seed=0, data_seed=0, order=1, learned=0., forgotten=0., *
 def test_last_is_learned_minus_forgotten():
     a, b = measures(made()), measures(made(learned=2., forgotten=1.))
     assert np.allclose(b.Last, b.Learned - b.Forgotten)
-    assert np.allclose(b.Learned - a.Learned, 2) and np.allclose(b.Forgotten - a.Forgotten, .75) # 3 of the 4 tasks had a successor
+    assert np.allclose(b.Learned - a.Learned, 2)
+    assert np.allclose(b.Forgotten - a.Forgotten, .75) # 3 of the 4 tasks had a successor
     assert (a.Transfer == b.Transfer).all()
 
 
@@ -25,13 +26,15 @@ def test_differences_are_those_that_were_put_in():
     some = runs_of(range(3), 'moe') + runs_of(range(1, 4), 'better', learned=2.) + runs_of(range(3), 'leaky', forgotten=1.)
     d = differences(some, 'moe').set_index(['setting', 'selector', 'metric'])
     assert sorted(d.loc[('better', 'oracle', 'Last')].seed) == [1, 2] # cells of both
-    assert np.allclose(d.loc[('better', 'gaussian', 'Learned')].difference, 2) and np.allclose(d.loc[('better', 'oracle', 'Forgotten')].difference, 0)
+    assert np.allclose(d.loc[('better', 'gaussian', 'Learned')].difference, 2)
+    assert np.allclose(d.loc[('better', 'oracle', 'Forgotten')].difference, 0)
     assert np.allclose(d.loc[('leaky', 'oracle', 'Last')].difference, -.75)
 
 
 def test_only_known_references_with_common_cells_are_paired():
     with pytest.raises(ValueError, match="reference is 'none'.*'moe'"): differences([made()], 'none')
-    with pytest.raises(ValueError, match="'moe_merge' and 'moe' have no cell"): differences([made(), made('moe_merge', seed=1)], 'moe')
+    with pytest.raises(ValueError, match="'moe_merge' and 'moe' have no cell"):
+        differences([made(), made('moe_merge', seed=1)], 'moe')
     with pytest.raises(ValueError, match='Two runs agree'): cells([made(), made()])
     assert len(cells([made(lr=1), made(lr=2)], lambda r: ('moe', r.config['lr']))) == 2*2*5
 
@@ -39,7 +42,8 @@ def test_only_known_references_with_common_cells_are_paired():
 def test_intervals_are_those_of_the_textbook():
     x = [1., 2., 4., 5.]
     i = interval(x)
-    assert (i.mean, i.n) == (3, 4) and np.isclose(i.sd, np.std(x, ddof=1)) and np.isclose(i.high - 3, 3.182446*i.sd/2) # t with 3 degrees of freedom
+    assert (i.mean, i.n) == (3, 4) and np.isclose(i.sd, np.std(x, ddof=1))
+    assert np.isclose(i.high - 3, 3.182446*i.sd/2) # t with 3 degrees of freedom
     assert interval([1, 3, 3, 7], [0, 0, 1, 1])[:4] == interval([2, 5])[:4]
     assert np.isnan(interval([1.])[2:]).tolist() == [True, False, True, True]
     with pytest.raises(ValueError, match='no values'): interval([])
@@ -47,20 +51,24 @@ def test_intervals_are_those_of_the_textbook():
 
 def test_effects_agree_with_paired_differences():
     from moe_merge_nb.study.tables import paired_difference
-    a, b = [made(seed=s) for s in range(4)], [made('moe_merge', seed=s, learned=s/2, forgotten=.1*s*s) for s in range(4)]
+    a = [made(seed=s) for s in range(4)]
+    b = [made('moe_merge', seed=s, learned=s/2, forgotten=.1*s*s) for s in range(4)]
     e = effects(a + b, 'moe').set_index(['selector', 'metric'])
     for metric in ('Transfer', 'Average', 'Last'):
         p = paired_difference(a, b, metric, 'gaussian')
         assert np.allclose(e.loc[('gaussian', metric), ['mean', 'se', 'n']].astype(float), p[:3])
-    assert (e.clusters == 1).all() and e.low_clustered.isna().all() and e.low.notna().all() # one data seed says nothing about others
+    assert e.low.notna().all()
+    assert (e.clusters == 1).all() and e.low_clustered.isna().all() # one data seed says nothing about others
 
 
 def test_forest_plot_draws_what_the_rows_say():
     import matplotlib.pyplot as plt
-    some = [made(m, seed=s, data_seed=s % 2, learned=x*s) for s in range(4) for m, x in (('moe', 0), ('moe_merge', 1), ('rail', -1))] + [made('adapter', learned=9.)]
-    e = effects(some, 'moe')
-    ax = plot_effects(rows := e[(e.selector == 'oracle') & (e.metric == 'Learned')])
-    assert [l.get_text() for l in ax.get_yticklabels()] == ['moe_merge', 'rail', 'adapter'] and [t.get_text() for t in ax.texts] == ['4', '4', '1', 'n']
+    gains = {'moe': 0, 'moe_merge': 1, 'rail': -1}
+    some = [made(m, seed=s, data_seed=s % 2, learned=x*s) for s in range(4) for m, x in gains.items()]
+    e = effects([*some, made('adapter', learned=9.)], 'moe')
+    ax = plot_effects(e[(e.selector == 'oracle') & (e.metric == 'Learned')])
+    assert [l.get_text() for l in ax.get_yticklabels()] == ['moe_merge', 'rail', 'adapter']
+    assert [t.get_text() for t in ax.texts] == ['4', '4', '1', 'n']
     dots = [l.get_xdata()[0] for l in ax.lines if l.get_marker() == 'o']
     assert np.allclose(dots, [1.5, -1.5, 9]) and len(ax.lines) == 1 + 3 + 2*2 # a single pair has no interval
     plt.close()
@@ -69,21 +77,24 @@ def test_forest_plot_draws_what_the_rows_say():
 
 def test_parts_add_up_and_find_their_factor():
     import itertools
-    rows = pd.DataFrame(list(itertools.product([100, 101], range(4), [1, 2])), columns=['seed', 'data_seed', 'order'])
+    cases = list(itertools.product([100, 101], range(4), [1, 2]))
+    rows = pd.DataFrame(cases, columns=['seed', 'data_seed', 'order'])
     effect = 3.*(rows.seed == 101) + rows.data_seed
     p = variance_parts(rows.assign(difference=effect))
     assert np.allclose(p.ss, [16*1.5**2, 4*(1.5**2 + .5**2)*2, 0, 0]) and p.df.tolist() == [1, 3, 1, 10]
     noisy = rows.assign(difference=effect + np.random.default_rng(0).normal(size=16))
     q = variance_parts(noisy)
-    assert np.isclose(q.share.sum(), 1) and np.isclose(q.ss.sum(), 15*noisy.difference.var()) and np.isclose(q.by_chance.sum(), 1)
+    assert np.isclose(q.share.sum(), 1) and np.isclose(q.by_chance.sum(), 1)
+    assert np.isclose(q.ss.sum(), 15*noisy.difference.var())
     assert q.p['seed'] < .001 < .05 < q.p['order']
 
 
 def test_parts_agree_with_a_calculation_by_hand():
     from math import atan, pi, sqrt
-    four = pd.DataFrame(dict(a=[0, 0, 1, 1], b=[0, 1, 0, 1], difference=[1., 2., 4., 8.])) # means 1.5 and 6, 2.5 and 5, about 3.75
-    q = variance_parts(four, factors=('a', 'b'))
-    assert np.allclose(q.ss, [20.25, 6.25, 2.25]) and np.isclose(q.p['b'], 1 - 2/pi*atan(sqrt(6.25/2.25))) # F with 1 and 1 degrees of freedom
+    four = pd.DataFrame(dict(a=[0, 0, 1, 1], b=[0, 1, 0, 1], difference=[1., 2., 4., 8.]))
+    q = variance_parts(four, factors=('a', 'b')) # means 1.5 and 6, 2.5 and 5, about 3.75
+    assert np.allclose(q.ss, [20.25, 6.25, 2.25])
+    assert np.isclose(q.p['b'], 1 - 2/pi*atan(sqrt(6.25/2.25))) # F with 1 and 1 degrees of freedom
 
 
 def test_incomplete_designs_are_refused():
@@ -95,7 +106,8 @@ def test_incomplete_designs_are_refused():
 
 
 def test_numbers_of_pairs_are_those_of_the_tables():
-    assert [seeds_needed(1, d) for d in (.2, .3, .5, .8, 1)] == [199, 90, 34, 15, 10] # G*Power, R's power.t.test(type = 'paired')
+    known = {.2: 199, .3: 90, .5: 34, .8: 15, 1: 10} # G*Power, R's power.t.test(type = 'paired')
+    assert {d: seeds_needed(1, d) for d in known} == known
     assert seeds_needed(1, .5, power=.9) == 44 and seeds_needed(2, -1) == 34 and seeds_needed(0, 1) == 2
     assert np.isclose(power_of(.5, 1, 34), .8078, atol=2e-4) and np.isclose(power_of(0, 1, 10), .05)
     for n in (3, 16, 60):
@@ -110,35 +122,3 @@ def test_power_is_what_simulation_gives():
     for bad in (dict(sd=1, effect=0), dict(sd=-1, effect=1)):
         with pytest.raises(ValueError, match='needed are'): seeds_needed(**bad)
     with pytest.raises(ValueError, match='2 pairs'): detectable(1, 1)
-
-
-def test_changes_are_told_by_their_fields():
-    from moe_merge_nb.run.config import METHODS
-    defaults, changes = defaults_of(METHODS), {'protect': {'merge.protect': True}, 'small': {'experts.n_experts': 11, 'experts.rank': 16}}
-    of = lambda method='moe_merge', **config: change_of(made(method, **config), changes, defaults)
-    assert of() is None and of('moe', merge=None) is None and of(merge={'protect': False, 'every': None}) is None
-    assert of(merge={'protect': True}) == 'protect' and of('moe', experts={'n_experts': 11}) == 'small' # rank 16 is the default
-    with pytest.raises(ValueError, match="'merge.align': True.*none of the known"): of(merge={'align': True})
-    with pytest.raises(ValueError, match='none of the known'): of(merge={'protect': True}, experts={'n_experts': 11})
-    with pytest.raises(ValueError, match="method is 'mine'"): of('mine')
-
-
-def test_nothing_is_a_value_too():
-    own, changes = {'warm': {'freeze.settle': .75, 'merge.every': 0, 'merge.align': False, 'merge.protect': False}}, {'unsettled': {'freeze.settle': None}, 'merging': {'merge.every': None, 'merge.protect': True}, 'aligned': {'merge.every': None, 'merge.align': True}, 'short': {'train.iterations': 60, 'train.warmup': 6}, 'brief': {'train.warmup': 6, 'train.iterations': 60}}
-    of = lambda **config: change_of(made('warm', **config), changes, own)
-    assert of() is None and of(freeze={'settle': .75}) is None and of(freeze={'settle': None}) == 'unsettled' # not known; the default; None
-    assert of(merge={'align': None}) is None # no change makes it None: it was not stored
-    assert of(train={'iterations': 60}) == 'short' # all that is known fits; of two names for one change, the first
-    assert of(merge={'every': None, 'align': False, 'protect': True}) == 'merging'
-    with pytest.raises(ValueError, match=r"could be any of \['merging', 'aligned'\]: store"): of(merge={'every': None})
-
-
-def test_changes_survive_packing():
-    import tempfile
-    from dataclasses import asdict
-    from moe_merge_nb.run.config import METHODS
-    settings = {k: v for k, v in asdict(METHODS['moe_merge']).items() if k in ('experts', 'train', 'freeze', 'merge')}
-    some = [made('moe_merge', seed=s, **{**settings, 'merge': {**settings['merge'], **m}}) for s, m in enumerate(({}, {'protect': True}, {'every': 10}))]
-    changes = {'protect': {'merge.protect': True}, 'often': {'merge.every': 10}}
-    with tempfile.TemporaryDirectory() as d: packed = unpack(pack(some, f'{d}/runs.csv.gz', ('merge.protect', 'merge.every', 'train.lr', 'train.betas')))
-    for runs_ in (some, packed): assert [change_of(r, changes, defaults_of(METHODS)) for r in runs_] == [None, 'protect', 'often']

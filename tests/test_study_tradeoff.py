@@ -8,20 +8,26 @@ from moe_merge_nb.study.tradeoff import *
 def test_grids_have_means_and_errors():
     r = pd.DataFrame(dict(rule=['a', 'a', 'b'], budget=[3, 3, 3], last=[1., 3., 5.], recovered=[2., None, None]))
     g = grid(r, 'last')
-    assert g.loc['a', 3] == '2.0 ± 1.0 (2)' and g.loc['b', 3] == '5.0 (1)' and grid(r, 'recovered').loc['a', 3] == '2.0 (1)'
+    assert g.loc['a', 3] == '2.0 ± 1.0 (2)' and g.loc['b', 3] == '5.0 (1)'
+    assert grid(r, 'recovered').loc['a', 3] == '2.0 (1)'
 
 
 def test_paired_by_hand():
-    r = pd.DataFrame([dict(seed=s, rule=k, budget=3, last=v) for s, va, vb in ((0, 1., 2.), (1, 5., 8.)) for k, v in (('a', va), ('b', vb))])
+    r = pd.DataFrame(dict(seed=[0, 0, 1, 1], rule=['a', 'b', 'a', 'b'], budget=3, last=[1., 2., 5., 8.]))
     d = paired(r, 'a', 'b', 3)
-    assert d['mean'] == 2 and d['n'] == 2 and abs(d['high'] - 2 - 12.706) < 1e-2 and paired(r, 'a', 'no', 3)['n'] == 0
+    assert d['mean'] == 2 and d['n'] == 2 and abs(d['high'] - 2 - 12.706) < 1e-2
+    assert paired(r, 'a', 'no', 3)['n'] == 0
 
 
 def test_in_training_pairs_by_seed():
     from moe_merge_nb.learn.results import example_result
     def one(method, seed, **merge):
-        r = example_result(method, seed); r.config['merge'] = merge or None
+        r = example_result(method, seed)
+        r.config['merge'] = merge or None
         return r
-    t = in_training([*(one('moe', s) for s in range(3)), *(one('moe_merge', s, combine='pkg.ties', align=False) for s in range(3)), *(one('moe_merge', s, combine='mean', align=True) for s in range(2))])
+    some = [one('moe', s) for s in range(3)]
+    some += [one('moe_merge', s, combine='pkg.ties', align=False) for s in range(3)]
+    some += [one('moe_merge', s, combine='mean', align=True) for s in range(2)]
+    t = in_training(some)
     assert list(t.index) == ['ties', 'mean (aligned)'] and t['Last', 'n'].tolist() == [3, 2]
     assert (t['Average', 'low'] < t['Average', 'mean']).all()

@@ -1,18 +1,23 @@
 "README.md from nbs/index.ipynb, and with --site one HTML page per notebook in _docs/, by nbconvert alone."
-import re, sys
+import re
+import sys
+from pathlib import Path
 import nbformat
 from execnb.nbio import nb2str
-from nbconvert import HTMLExporter, MarkdownExporter
+from nbconvert import Exporter, HTMLExporter, MarkdownExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
-from nbdev.config import get_config
+from nbdev.config import Config, get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import NBProcessor
 
 HIDDEN = {'hide', 'default_exp'}
-LINK = re.compile(r'\]\((?!https?:|#)([\w./-]+)\.ipynb\)')                # between notebooks, relative
+LINK = re.compile(r'\]\((?!https?:|#)([\w./-]+)\.ipynb\)')  # between notebooks, relative
 
-def for_readers(path, link):
-    "The notebook at `path` without `#| hide` cells and directive lines; `#| hide_input` cells keep outputs only; links become `link`"
+def for_readers(
+    path: Path,
+    link: str,  # what a link between notebooks becomes, as in `re.sub`
+) -> nbformat.NotebookNode:
+    "The notebook without `#| hide` cells and directive lines; `#| hide_input` cells keep outputs only."
     nb = NBProcessor(path, process=True).nb
     nb.cells = [c for c in nb.cells if not (HIDDEN & c.directives_.keys())]
     for c in nb.cells:
@@ -22,20 +27,27 @@ def for_readers(path, link):
     page.metadata.language_info = {'name': 'python'}
     return TagRemovePreprocessor(enabled=True, remove_input_tags={'hide_input'}).preprocess(page, {})[0]
 
-def rendered(exporter, path, link, stem):
-    "Text of the page and its extra files"
-    return exporter.from_notebook_node(for_readers(path, link), {'metadata': {'name': path.stem}, 'output_files_dir': f'{stem}_files'})
+def rendered(
+    exporter: Exporter,
+    path: Path,
+    link: str,
+    stem: str,  # of the page
+) -> tuple[str, dict]:
+    "Text of the page and its extra files."
+    about = {'metadata': {'name': path.stem}, 'output_files_dir': f'{stem}_files'}
+    return exporter.from_notebook_node(for_readers(path, link), about)
 
-def readme(cfg):
-    "README.md as the index notebook says it"
-    text = rendered(MarkdownExporter(), cfg.nbs_path/cfg.readme_nb, r'](nbs/\1.ipynb)', 'README')[0]
+def readme(cfg: Config) -> str:
+    "README.md as the index notebook says it."
+    text, _ = rendered(MarkdownExporter(), cfg.nbs_path/cfg.readme_nb, r'](nbs/\1.ipynb)', 'README')
     return re.sub(r'\n{3,}', '\n\n', text.replace('](../', '](')).strip() + '\n'
 
-def write_site(cfg):
-    "One page per notebook"
+def write_site(cfg: Config):
+    "One page per notebook."
     for p in nbglob(as_path=True):
+        exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
         out = cfg.doc_path/p.relative_to(cfg.nbs_path).with_suffix('.html')
-        text, res = rendered(HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True), p, r'](\1.html)', out.stem)
+        text, res = rendered(exporter, p, r'](\1.html)', out.stem)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding='utf-8')
         for name, data in (res['outputs'] or {}).items():

@@ -3,8 +3,8 @@
     python tools/golden.py f3965f7            # everything, about six minutes a tree; what the commit gave is kept
     python tools/golden.py f3965f7 --only moe # the jobs whose name begins so
 
-Compared: accuracy matrix, selections, usage, fixed experts, events, adapters and rewritten banks. Not compared: timings,
-provenance, and the fields by which a run is recognised."""
+Compared: accuracy matrix, selections, usage, fixed experts, events, adapters and rewritten banks. Not compared:
+timings, provenance, and the fields by which a run is recognised."""
 import argparse
 import hashlib
 import json
@@ -28,6 +28,7 @@ RUNS = {f'{method}-{seed}': [f'method={method}', f'seed={seed}'] for method in M
     'shared_init': ['method=moe', 'experts.shared_init=true'],
     'top_p': ['method=moe_merge', 'experts.gate=top_p'],
 }
+SAME = {'place': 'column_to_expert', 'always': 'always_on'} # what was renamed
 TABLES = ['matrix.csv', 'selection.csv', 'usage.csv', 'fixed.csv', 'events.jsonl']
 THREE = '''"The first three tasks of the miniature, wherever the package keeps it."
 try: from moe_merge_nb.streams.mini import mini
@@ -41,11 +42,11 @@ def three(**how):
 
 
 def found(*names: str):
-    "The module of the package whose last name is one of `names`, in whatever folder it lies."
+    "The module of the package whose last name is the first of `names` that there is, in whatever folder it lies."
     import importlib
     import moe_merge_nb
     here = Path(moe_merge_nb.__file__).parent
-    [path] = [p for name in names for p in here.rglob(f'{name}.py')]
+    path = [p for name in names for p in here.rglob(f'{name}.py')][0]
     return importlib.import_module('.'.join(['moe_merge_nb', *path.relative_to(here).with_suffix('').parts]))
 
 
@@ -93,7 +94,7 @@ def rewritten(rule: str, source: str) -> dict:
     small = command.changed(shared.model, shared.tokenizer, stream, rule, **numbers)
     tensors = {}
     for i, b in enumerate(bank.banks(small)):
-        values = {f.name: getattr(b, f.name) for f in fields(b)}
+        values = {SAME.get(f.name, f.name): getattr(b, f.name) for f in fields(b)}
         tensors |= {f'{i}.{k}': v for k, v in values.items() if isinstance(v, torch.Tensor)}
         tensors |= {f'{i}.{e}.{k}': v for e, s in enumerate(b.states) for k, v in s.items()}
     right = reduce.last(small, shared.tokenizer, stream)
@@ -103,11 +104,12 @@ def rewritten(rule: str, source: str) -> dict:
 def rules() -> dict[str, str]:
     "Every rewrite, and the run it is applied to."
     together = ('task_arithmetic', 'ties', 'dare_ties', 'doge', 'doge_relative')
-    return {r: 'shared_init' if r in together else 'moe-0' for r in [*found('command', 'rewrite').REWRITES, *found_splits()]}
+    every = [*found('rules', 'config').REWRITES, *found_splits()]
+    return {r: 'shared_init' if r in together else 'moe-0' for r in every}
 
 
 def found_splits() -> dict:
-    return found('command', 'rewrite').SPLITS
+    return found('rules', 'config').SPLITS
 
 
 def child(module: str, out: Path, only: str):

@@ -1,25 +1,37 @@
-"""Store the runs of `make measure` with the package: the measurements that README, figure notebooks and the study show.
+"""Store the runs of `make measure` with the package: what README, figure notebooks and the study show.
 
     python tools/pack_runs.py            # what is in runs/; experiments that were not run stay as they are stored
     python tools/pack_runs.py FOLDER     # the same with another folder for runs/"""
 import sys
 from pathlib import Path
+from moe_merge_nb.learn.pack import load_results, pack
+from moe_merge_nb.learn.results import Result
 from moe_merge_nb.study.measured import CHOICES, FIELDS, FOLDER, MADE, STUDY, ordered, store
-from moe_merge_nb.learn.results import load_results, pack
 
-FULL = {'mini': ['study', 'baselines'], 'demo': ['demo']}                                        # with the experts of a few runs
+FULL = {  # with the experts of a few runs
+    'mini': ['study', 'baselines'],
+    'demo': ['demo'],
+}
 OTHERS = {'combine': ['shared', 'combine', 'combine_aligned']}
 
-def finished(folders:list[Path])->list:
-    "The runs that got to their end."
-    runs = [r for f in folders if any(f.rglob('config.json')) for r in load_results([f])]
-    return [r for r in runs if all(len(g) == len(r.config['tasks'])**2 for _, g in r.matrix.groupby('selector'))]
+def is_finished(run: Result) -> bool:
+    "Did it get to its end?"
+    n = len(run.config['tasks'])
+    return all(len(rows) == n**2 for _, rows in run.matrix.groupby('selector'))
+
+def finished(folders: list[Path]) -> list[Result]:
+    "The runs that did, in these folders."
+    there = [f for f in folders if any(f.rglob('config.json'))]
+    return [r for f in there for r in load_results([f]) if is_finished(r)]
+
+def stored(name: str, folders: list[Path]) -> list[Path]:
+    "The files that were made."
+    if name in FULL: return store(folders, name) if folders else []
+    runs = finished(folders)
+    return [pack(ordered(runs), FOLDER/f'{name}.csv.gz', (*FIELDS, *CHOICES, *MADE))] if runs else []
 
 if __name__ == '__main__':
     root = Path(sys.argv[1] if len(sys.argv) > 1 else 'runs')
     for name, experiments in (FULL | STUDY | OTHERS).items():
-        there = [f for e in experiments if (f := root/e).is_dir()]
-        runs = there if name in FULL else finished(there)
-        if not runs: print(f'{name}: no runs'); continue
-        made = store(runs, name) if name in FULL else [pack(ordered(runs), FOLDER/f'{name}.csv.gz', (*FIELDS, *CHOICES, *MADE))]
-        print(*made, sep='\n')
+        made = stored(name, [root/e for e in experiments if (root/e).is_dir()])
+        print(*(made or [f'{name}: no runs']), sep='\n')

@@ -1,19 +1,39 @@
-"""Leave fewer experts in finished runs by every rule of `config.REWRITES`, without and with recovery; one row is kept as soon as it is known.
+"""Leave fewer experts in finished runs by every rule of `rewrites.rules.REWRITES`, without and with recovery.
 
     python tools/reduce_runs.py shared runs/shared/*          # adapters trained with experts.shared_init=true
-    python tools/reduce_runs.py own runs/study/moe-seed*      # the others: rules that need a common start are left out"""
+    python tools/reduce_runs.py own runs/study/moe-seed*      # the others: rules that need a common start are left out
+
+One row is kept as soon as it is known."""
 import argparse
 from pathlib import Path
 import torch
-from moe_merge_nb.run.config import REWRITES
-from moe_merge_nb.safe.provenance import provenance
-from moe_merge_nb.run.reproduce import stream_of
-from moe_merge_nb.learn.results import load_result
+from moe_merge_nb.learn.saved import load_result
 from moe_merge_nb.rewrites.reduce import reductions
+from moe_merge_nb.rewrites.rules import REWRITES
+from moe_merge_nb.run.reproduce import stream_of
 from moe_merge_nb.run.share import load
+from moe_merge_nb.safe.provenance import provenance
 
 SHARED_ONLY = ('task_arithmetic', 'ties', 'dare_ties', 'doge', 'doge_relative')
 OUT = Path(__file__).parents[1]/'moe_merge_nb'/'data'/'measured'/'reductions.csv'
+
+def reduced(run: str, a: argparse.Namespace):
+    "Every rule at every budget, for one run."
+    config, shared = load_result(run).config, load(run)
+    names = a.rules or [r for r in REWRITES if a.init == 'shared' or r not in SHARED_ONLY]
+    reductions(
+        shared.model,
+        shared.tokenizer,
+        stream_of(config),
+        rules={n: REWRITES[n] for n in names},
+        budgets=a.budgets,
+        file=a.out,
+        iterations=a.recover,
+        init=a.init,
+        seed=config['seed'],
+        commit=config.get('commit'),
+        rule_commit=provenance()['commit'],
+    )
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,8 +45,4 @@ if __name__ == '__main__':
     p.add_argument('--out', default=OUT)
     a = p.parse_args()
     torch.set_num_threads(1)
-    names = a.rules or [r for r in REWRITES if a.init == 'shared' or r not in SHARED_ONLY]
-    for run in a.runs:
-        config, shared = load_result(run).config, load(run)
-        about = dict(init=a.init, seed=config['seed'], commit=config.get('commit'), rule_commit=provenance()['commit'])
-        reductions(shared.model, shared.tokenizer, stream_of(config), {n: REWRITES[n] for n in names}, a.budgets, a.out, a.recover, **about)
+    for run in a.runs: reduced(run, a)

@@ -16,29 +16,53 @@ from open_clip.model import CLIP
 from open_clip.transformer import QuickGELU
 
 # %% ../../nbs/2_clip/02_encode.ipynb #6feb9da6
-def by_onednn(x:Tensor, weight:Tensor, bias:Tensor|None)->bool:
-    "Whether oneDNN can take this product."
-    return (x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and not weight.requires_grad and not (bias is not None and bias.requires_grad)
-            and torch._C._get_mkldnn_enabled() and hasattr(torch.ops.mkldnn, '_linear_pointwise') and not torch.is_autocast_enabled('cpu'))
+def by_onednn(
+    x:Tensor,
+    weight:Tensor,
+    bias:Tensor|None,
+)->bool:
+    "Whether oneDNN can take this product: single precision on a CPU, and only `x` wants a gradient."
+    plain = x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
+    frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
+    there = torch._C._get_mkldnn_enabled() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    return plain and frozen and there and not torch.is_autocast_enabled('cpu')
 
 class Frozen(torch.autograd.Function):
     "x W^T + b, by oneDNN in both directions; only x gets a gradient."
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(
+        ctx:object,
+        x:Tensor,
+        weight:Tensor,
+        bias:Tensor|None,
+    )->Tensor:
         ctx.save_for_backward(weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(
+        ctx:object,
+        g:Tensor,
+    )->tuple[Tensor, None, None]:
         return torch.ops.mkldnn._linear_pointwise(g, ctx.saved_tensors[0].T, None, 'none', [], ''), None, None
 
-def linear(x:Tensor, weight:Tensor, bias:Tensor|None)->Tensor: # (..., n)
-    "x W^T + b for `x` (..., m), `weight` (n, m), `bias` (n,)."
+# %% ../../nbs/2_clip/02_encode.ipynb #b3acbe59
+def linear(
+    x:Tensor, # (..., m)
+    weight:Tensor, # (n, m)
+    bias:Tensor|None, # (n,)
+)->Tensor: # (..., n)
+    "x W^T + b."
     return Frozen.apply(x, weight, bias) if by_onednn(x, weight, bias) else F.linear(x, weight, bias)
 
 # %% ../../nbs/2_clip/02_encode.ipynb #42939f79
-def heads(x:Tensor, weight:Tensor, bias:Tensor, width:int)->Tensor: # (parts, batch, heads, tokens, width)
-    "Project `x` (batch, tokens, d) and cut the result into heads of `width`; `weight` holds one or more d x d parts."
+def heads(
+    x:Tensor, # (batch, tokens, d)
+    weight:Tensor, # one or more d x d parts
+    bias:Tensor, # of each part
+    width:int, # of a head
+)->Tensor: # (parts, batch, heads, tokens, width)
+    "Project `x` and cut the result into heads."
     d = x.shape[-1]
     return linear(x, weight, bias).unflatten(-1, (-1, d // width, width)).permute(2, 0, 3, 1, 4)
 
@@ -52,24 +76,31 @@ def attention(
     W, b, d = attn.in_proj_weight, attn.in_proj_bias, x.shape[-1]
     if q is x: Q, K, V = heads(x, W, b, attn.head_dim)
     else: Q, K, V = *heads(q, W[:d], b[:d], attn.head_dim), *heads(x, W[d:], b[d:], attn.head_dim)
-    y = F.scaled_dot_product_attention(Q, K, V, attn_mask=mask)                          # (batch, heads, queries, width)
+    y = F.scaled_dot_product_attention(Q, K, V, attn_mask=mask)             # (batch, heads, queries, width)
     return linear(y.transpose(1, 2).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
 
 # %% ../../nbs/2_clip/02_encode.ipynb #41c0e360
-def mlp(layers:nn.Sequential, x:Tensor)->Tensor: # (batch, tokens, d), both
-    "What the MLP of an open_clip block says, with less kept for the backward pass."
+def mlp(
+    layers:nn.Sequential, # the MLP of an open_clip block
+    x:Tensor, # (batch, tokens, d)
+)->Tensor: # (batch, tokens, d)
+    "What `layers` say, with less kept for the backward pass."
     h = linear(x, layers.c_fc.weight, layers.c_fc.bias)                     # (batch, tokens, 4 d)
     if isinstance(layers.gelu, QuickGELU): h = F.silu(1.702 * h).div_(1.702)
     else: h = layers.gelu(h)
     return linear(h, layers.c_proj.weight, layers.c_proj.bias)
 
 # %% ../../nbs/2_clip/02_encode.ipynb #aee890fb
-Adapter = Callable[[Tensor], Tensor]          # x (batch, tokens, d), between the two steps of a block -> what is added, of the same shape
+Adapter = Callable[[Tensor], Tensor]    # x (batch, tokens, d), between the two steps of a block -> what is added to it
 
-def take(x:Tensor, rows:int|Tensor|None)->Tensor: # (batch, rows, d)
-    "Of each sequence in `x` (batch, tokens, d): all tokens (None), the first few (int), or those named by (batch, rows)."
+def take(
+    x:Tensor, # (batch, tokens, d)
+    rows:int|Tensor|None, # None: all tokens; int: the first few; (batch, rows): which
+)->Tensor: # (batch, rows, d)
+    "Some tokens of each sequence."
     if rows is None: return x
-    return x[:, :rows] if isinstance(rows, int) else x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+    if isinstance(rows, int): return x[:, :rows]
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 def halves(
     b:nn.Module, # a residual block of open_clip
@@ -82,14 +113,22 @@ def halves(
     x = take(x, rows) + b.ls_1(attention(b.attn, z if rows is None else take(z, rows), z, mask))
     return x, b.ls_2(mlp(b.mlp, b.ln_2(x)))
 
+# %% ../../nbs/2_clip/02_encode.ipynb #83869401
 def whole(
-    x:Tensor, h:Tensor, # (batch, rows, d) from `halves`
+    x:Tensor, # (batch, rows, d), first of `halves`
+    h:Tensor, # (batch, rows, d), second of `halves`
     adapters:Adapter|None=None,
 )->Tensor: # (batch, rows, d)
     "The last sum of a block."
     return x + (h + adapters(x) if adapters else h)
 
-def block(b:nn.Module, x:Tensor, mask:Tensor|None=None, rows:int|Tensor|None=None, adapters:Adapter|None=None)->Tensor: # (batch, rows, d)
+def block(
+    b:nn.Module, # a residual block of open_clip
+    x:Tensor, # (batch, tokens, d)
+    mask:Tensor|None=None, # of attention, for the rows
+    rows:int|Tensor|None=None, # which tokens are wanted; see `take`
+    adapters:Adapter|None=None,
+)->Tensor: # (batch, rows, d)
     "One residual block."
     return whole(*halves(b, x, mask, rows), adapters)
 
@@ -104,9 +143,9 @@ def encode_image(
     v = clip.visual
     blocks, adapters = v.transformer.resblocks, adapters or repeat(None)
     last = 1 if pooled and v.pool_type == 'tok' and v.attn_pool is None else None
-    x = v._embeds(images)                                                                       # (n, 1 + patches, width)
-    for i, (b, y) in enumerate(zip(blocks, adapters)): x = block(b, x, rows=last if i == len(blocks) - 1 else None, adapters=y)
-    z, _ = v._pool(x)                                                                           # (n, width)
+    x = v._embeds(images)                                                   # (n, 1 + patches, width)
+    for b, y in zip(blocks, adapters): x = block(b, x, rows=last if b is blocks[-1] else None, adapters=y)
+    z, _ = v._pool(x)                                                       # (n, width)
     return z if v.proj is None else z @ v.proj
 
 # %% ../../nbs/2_clip/02_encode.ipynb #40427858
@@ -119,6 +158,7 @@ def first_text(
     x = clip.token_embedding(tokens[:, :length]) + clip.positional_embedding[:length]
     return halves(clip.transformer.resblocks[0], x, clip.attn_mask[:length, :length])
 
+# %% ../../nbs/2_clip/02_encode.ipynb #9592c57c
 def encode_text(
     clip:CLIP, # both towers transformers
     tokens:Tensor, # (n, context) token ids
@@ -127,14 +167,15 @@ def encode_text(
     first:tuple[Tensor, Tensor]|None=None, # of `first_text` for the same tokens
 )->Tensor: # (n, embed_dim), not normalised
     "Text features as `clip.encode_text` gives them, computed only up to the longest prompt's end."
-    blocks, adapters = clip.transformer.resblocks, adapters or [None] * len(clip.transformer.resblocks)
-    end = tokens.argmax(dim=-1)                                             # (n,): the end-of-text token has the highest id
-    x = whole(*(first or first_text(clip, tokens)), adapters[0])              # (n, length, width)
+    blocks = clip.transformer.resblocks
+    adapters = adapters or [None] * len(blocks)
+    end = tokens.argmax(dim=-1)                                             # (n,): the end of text has the highest id
+    x = whole(*(first or first_text(clip, tokens)), adapters[0])            # (n, length, width)
     mask, rows = clip.attn_mask[:x.shape[1], :x.shape[1]], None
     for b, y in zip(blocks[1:], adapters[1:]):
         if pooled and b is blocks[-1]: rows = torch.stack([torch.zeros_like(end), end], dim=1)
-        x = block(b, x, mask if rows is None else mask[rows][:, None], rows, y)
-    x = x[:, 1] if rows is not None else x[torch.arange(len(x), device=x.device), end]         # (n, width)
+        x = block(b, x, mask if rows is None else mask[rows][:, None], rows, adapters=y)
+    x = x[:, 1] if rows is not None else x[torch.arange(len(x), device=x.device), end]      # (n, width)
     return clip.ln_final(x) @ clip.text_projection
 
 # %% ../../nbs/2_clip/02_encode.ipynb #aa0b05ca

@@ -25,13 +25,15 @@ def tree(
     tokens:Tensor, # (n, context) ids; each prompt ends at its highest one, the end of text
 )->Tree:
     "The prefixes of `tokens`, each once; ValueError unless all prompts begin alike."
-    if len(starts := tokens[:, 0].unique()) > 1: raise ValueError(f'prompts begin with {starts.tolist()}: all must begin with the same token, which routes')
+    starts = tokens[:, 0].unique().tolist()
+    if len(starts) > 1: raise ValueError(f'prompts begin with {starts}: all must begin with the token that routes')
     nodes, ends = {}, [] # (parent, token) -> (number, position)
     for prompt, end in zip(tokens.tolist(), tokens.argmax(-1).tolist()):
         p = -1
         for t, token in enumerate(prompt[:end + 1]): p, _ = nodes.setdefault((p, token), (len(nodes), t))
         ends.append(p)
-    (parent, token), (_, depth) = torch.tensor(list(nodes)).T, torch.tensor(list(nodes.values())).T
+    parent, token = torch.tensor(list(nodes)).T
+    depth = torch.tensor(list(nodes.values()))[:, 1]
     sees = torch.eye(len(nodes), dtype=torch.bool)
     for t in range(1, int(depth.max()) + 1): sees[depth == t] |= sees[parent[depth == t]]
     return Tree(*(x.to(tokens.device) for x in (token, depth, sees, torch.tensor(ends))))
@@ -46,12 +48,17 @@ def parts(
     found, n = [], 0
     for i in sorted(range(len(prompts)), key=prompts.__getitem__):
         new = len(prompts[i]) - shared(prompts[found[-1][-1]], prompts[i]) if found else most + 1
-        if n + new > most: found, n, new = [*found, []], 0, len(prompts[i])
+        if n + new > most:                                          # a new tree, which begins with the whole prompt
+            found.append([])
+            n, new = 0, len(prompts[i])
         found[-1].append(i)
         n += new
     return found
 
-def shared(a:list[int], b:list[int])->int:
+def shared(
+    a:list[int],
+    b:list[int],
+)->int:
     "Length of the common beginning."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
@@ -63,11 +70,12 @@ def encode_tree(
 )->Tensor: # (n, embed_dim), not normalised
     "Text features of the prompts of one tree."
     blocks, adapters = clip.transformer.resblocks, adapters or repeat(None)
-    x = (clip.token_embedding(t.token) + clip.positional_embedding[t.depth])[None]              # (1, N, width)
-    mask = torch.zeros_like(t.sees, dtype=x.dtype).masked_fill_(~t.sees, -torch.inf)            # (N, N)
-    rows = torch.cat([t.ends.new_zeros(1), t.ends])[None]                                       # (1, 1 + n)
-    for i, (b, y) in enumerate(zip(blocks, adapters)):
-        x = block(b, x, mask, adapters=y) if i < len(blocks) - 1 else block(b, x, mask[rows[0]], rows, y)
+    x = (clip.token_embedding(t.token) + clip.positional_embedding[t.depth])[None]      # (1, N, width)
+    mask = torch.zeros_like(t.sees, dtype=x.dtype).masked_fill_(~t.sees, -torch.inf)    # (N, N)
+    rows = torch.cat([t.ends.new_zeros(1), t.ends])[None]                               # (1, 1 + n)
+    for b, y in zip(blocks, adapters):
+        if b is blocks[-1]: x = block(b, x, mask[rows[0]], rows, adapters=y)
+        else: x = block(b, x, mask, adapters=y)
     return clip.ln_final(x[0, 1:]) @ clip.text_projection
 
 def encode_prompts(
@@ -79,4 +87,5 @@ def encode_prompts(
     "Text features in evaluation: what `encode_text` gives, with shared beginnings computed once."
     which = parts(tokens, most)
     features = torch.cat([encode_tree(clip, tree(tokens[p]), adapters) for p in which])
-    return torch.empty_like(features).index_copy_(0, torch.tensor(sum(which, []), device=features.device), features)
+    order = torch.tensor(sum(which, []), device=features.device)
+    return torch.empty_like(features).index_copy_(0, order, features)

@@ -7,6 +7,7 @@ __all__ = ['PlainExpert', 'PlainMoE', 'plain_block', 'PlainCLIP']
 
 # %% ../../nbs/cost/01_plain.ipynb #a4e68877
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from ..clip.backbone import towers
@@ -14,34 +15,63 @@ from ..clip.backbone import towers
 # %% ../../nbs/cost/01_plain.ipynb #745c1543
 class PlainExpert(nn.Module):
     "W_up dropout(relu(W_down x + b_down)) + b_up, times a scale."
-    def __init__(self, width:int, rank:int, scale:float, dropout:float):
+    def __init__(self,
+        width:int, # of the tower
+        rank:int, # of the expert
+        scale:float, # of what it says
+        dropout:float, # probability, in training
+    ):
         super().__init__()
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
         self.scale, self.dropout = scale, nn.Dropout(dropout)
-    def forward(self, x): return self.scale * self.up(self.dropout(self.down(x).relu()))
+
+    def forward(self, x:Tensor)->Tensor: return self.scale * self.up(self.dropout(self.down(x).relu()))
 
 # %% ../../nbs/cost/01_plain.ipynb #8db92c6f
 class PlainMoE(nn.Module):
     "The experts of one block and the router of one task."
-    def __init__(self, width:int, n_experts:int, rank:int, top_k:int, scale:float=0.1, dropout:float=0.1):
+    def __init__(self,
+        width:int, # of the tower
+        n_experts:int,
+        rank:int, # of an expert
+        top_k:int, # experts that a sequence selects
+        scale:float=0.1, # of what an expert says
+        dropout:float=0.1, # probability, in training
+    ):
         super().__init__()
-        self.experts, self.top_k = nn.ModuleList(PlainExpert(width, rank, scale, dropout) for _ in range(n_experts)), top_k
+        self.experts = nn.ModuleList(PlainExpert(width, rank, scale, dropout) for _ in range(n_experts))
         self.router = nn.ParameterDict({name: torch.zeros(width, n_experts) for name in ('gate', 'noise')})
+        self.top_k = top_k
 
-    def gates(self, x0:Tensor)->Tensor: # (batch, width) -> (batch, experts)
+    def gates(self,
+        x0:Tensor, # (batch, width), token 0
+    )->Tensor: # (batch, experts)
+        "How much of each expert a sequence gets; noisy in training."
         h = x0 @ self.router['gate']
         if self.training: h = h + torch.randn_like(h) * (F.softplus(x0 @ self.router['noise']) + 0.01)
         best, chosen = h.topk(self.top_k)
         return torch.zeros_like(h).scatter(-1, chosen, best.softmax(-1))
 
-    def forward(self, x:Tensor)->Tensor: # (batch, tokens, width), both
-        gates = self.gates(x[:, 0])
-        mine = [gates[:, e].nonzero().flatten() for e in range(len(self.experts))]                  # sequences of each expert
-        said = [gates[i, e, None, None] * expert(x[i]) for e, (i, expert) in enumerate(zip(mine, self.experts)) if len(i)]
-        return torch.zeros_like(x).index_add(0, torch.cat(mine), torch.cat(said))
+# %% ../../nbs/cost/01_plain.ipynb #630b73d9
+@patch
+def forward(self:PlainMoE,
+    x:Tensor, # (batch, tokens, width)
+)->Tensor: # (batch, tokens, width)
+    "What the selected experts say, weighted."
+    gates, said, mine = self.gates(x[:, 0]), [], []
+    for e, expert in enumerate(self.experts):
+        i = gates[:, e].nonzero().flatten() # its sequences
+        mine.append(i)
+        if len(i): said.append(gates[i, e, None, None] * expert(x[i]))
+    return torch.zeros_like(x).index_add(0, torch.cat(mine), torch.cat(said))
 
 # %% ../../nbs/cost/01_plain.ipynb #c40a7f66
-def plain_block(block:nn.Module, moe:PlainMoE, x:Tensor, mask:Tensor|None=None)->Tensor: # (batch, tokens, width), both
+def plain_block(
+    block:nn.Module, # a frozen residual block
+    moe:PlainMoE, # beside its MLP
+    x:Tensor, # (batch, tokens, width)
+    mask:Tensor|None=None, # (tokens, tokens), added to the scores
+)->Tensor: # (batch, tokens, width)
     "One residual block with its mixture."
     z = block.ln_1(x)
     x = x + block.attn(z, z, z, need_weights=False, attn_mask=mask)[0]
@@ -49,22 +79,45 @@ def plain_block(block:nn.Module, moe:PlainMoE, x:Tensor, mask:Tensor|None=None)-
 
 class PlainCLIP(nn.Module):
     "Both towers of a frozen open_clip model, with a mixture beside every MLP."
-    def __init__(self, clip:nn.Module, n_experts:int, rank:int, top_k:int):
+    def __init__(self,
+        clip:nn.Module, # an open_clip model
+        n_experts:int, # of each mixture
+        rank:int, # of an expert
+        top_k:int, # experts that a sequence selects
+    ):
         super().__init__()
+        def beside(b): return PlainMoE(b.ln_2.normalized_shape[0], n_experts, rank, top_k)
+        def tower(blocks): return nn.ModuleList(beside(b) for b in blocks)
         self.clip, self.blocks = clip, towers(clip)
-        self.moes = nn.ModuleDict({tower: nn.ModuleList(PlainMoE(b.ln_2.normalized_shape[0], n_experts, rank, top_k) for b in blocks)
-                                   for tower, blocks in self.blocks.items()})
+        self.moes = nn.ModuleDict({name: tower(blocks) for name, blocks in self.blocks.items()})
 
-    def run(self, tower:str, x:Tensor, mask:Tensor|None=None)->Tensor: # (batch, tokens, width), both
-        for block, moe in zip(self.blocks[tower], self.moes[tower]): x = plain_block(block, moe, x, mask)
-        return x
+# %% ../../nbs/cost/01_plain.ipynb #515573da
+@patch
+def run(self:PlainCLIP,
+    tower:str, # 'image' or 'text'
+    x:Tensor, # (batch, tokens, width)
+    mask:Tensor|None=None, # (tokens, tokens)
+)->Tensor: # (batch, tokens, width)
+    "All blocks of a tower."
+    for block, moe in zip(self.blocks[tower], self.moes[tower]): x = plain_block(block, moe, x, mask)
+    return x
 
-    def encode_image(self, images:Tensor)->Tensor: # (n, 3, H, W) -> (n, d)
-        v, n = self.clip.visual, len(images)
-        x = torch.cat([v.class_embedding.expand(n, 1, -1), v.conv1(images).flatten(2).mT], dim=1)   # (n, 1 + patches, width)
-        return v.ln_post(self.run('image', v.ln_pre(x + v.positional_embedding)))[:, 0] @ v.proj
+@patch
+def encode_image(self:PlainCLIP,
+    images:Tensor, # (n, 3, H, W)
+)->Tensor: # (n, d)
+    "Image features, not normalised."
+    v, n = self.clip.visual, len(images)
+    patches = v.conv1(images).flatten(2).mT # (n, patches, width)
+    x = torch.cat([v.class_embedding.expand(n, 1, -1), patches], dim=1)
+    return v.ln_post(self.run('image', v.ln_pre(x + v.positional_embedding)))[:, 0] @ v.proj
 
-    def encode_text(self, tokens:Tensor)->Tensor: # (n, context) -> (n, d)
-        c, n = self.clip, len(tokens)
-        x = self.run('text', c.token_embedding(tokens) + c.positional_embedding, c.attn_mask)
-        return c.ln_final(x)[torch.arange(n), tokens.argmax(-1)] @ c.text_projection
+# %% ../../nbs/cost/01_plain.ipynb #68f89ecc
+@patch
+def encode_text(self:PlainCLIP,
+    tokens:Tensor, # (n, context)
+)->Tensor: # (n, d)
+    "Text features, not normalised."
+    c, n = self.clip, len(tokens)
+    x = self.run('text', c.token_embedding(tokens) + c.positional_embedding, c.attn_mask)
+    return c.ln_final(x)[torch.arange(n), tokens.argmax(-1)] @ c.text_projection

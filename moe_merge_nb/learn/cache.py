@@ -11,20 +11,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..layer.moe import Routing, once
+from ..layer.adapt import AdaptedCLIP
+from ..layer.moe import Routing
+from ..layer.mix import route_once
 
 # %% ../../nbs/6_learn/04_cache.ipynb #1d518844
 def digest(
-    *values, # tensors, or anything with a `repr`
+    *values:Any, # tensors, or anything with a `repr`
 )->bytes:
     "SHA-256 of the contents."
     h = hashlib.sha256()
     for v in values:
         h.update(repr((v.dtype, v.shape) if isinstance(v, Tensor) else v).encode())
-        if isinstance(v, Tensor): h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if isinstance(v, Tensor):
+            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.digest()
 
 # %% ../../nbs/6_learn/04_cache.ipynb #b106ea2b
@@ -35,65 +39,91 @@ class Versions:
     experts:dict[str, list[bytes]] # of each tower, block after block
     routers:dict[str, list[bytes]] # of each tower, all blocks of a task together
 
-def versions(
-    model, # `AdaptedCLIP`
-)->Versions:
+def versions(model:AdaptedCLIP)->Versions:
     "The present version of every part of `model`."
-    moes = {tower: [m for m in model.moes if m.tower == tower] for tower in ('image', 'text')}
-    rest = digest(*model.clip.parameters(), *model.clip.buffers()), *((m.gate, m.mix, len(m.experts)) for m in model.moes)
-    experts = {tower: [digest(e.scale, *e.parameters()) for m in ms for e in m.experts] for tower, ms in moes.items()}
-    routers = {tower: [digest(*(p for m in ms for p in m.routers[s].state_dict().values())) for s in range(model.n_tasks)] for tower, ms in moes.items()}
-    return Versions(rest, experts, routers)
+    rest = digest(*model.clip.parameters(), *model.clip.buffers())
+    how = ((m.gate, m.mix, len(m.experts)) for m in model.moes)
+    experts, routers = {}, {}
+    for tower in ('image', 'text'):
+        moes = [m for m in model.moes if m.tower == tower]
+        experts[tower] = [digest(e.scale, *e.parameters()) for m in moes for e in m.experts]
+        routers[tower] = [digest(*_router_tensors(moes, s)) for s in range(model.n_tasks)]
+    return Versions((rest, *how), experts, routers)
+
+def _router_tensors(moes, s):
+    "All routers of task `s`."
+    return [t for m in moes for t in m.routers[s].state_dict().values()]
 
 # %% ../../nbs/6_learn/04_cache.ipynb #3f8f8254
 class Uses:
     "A probe: through which experts each sequence of one batch went."
-    def __init__(self): self.gates = {}                                     # block -> [(sequences, experts) bool]
+    def __init__(self): self.gates = {} # block -> [(sequences, experts) bool]
 
     def __call__(self, routing:Routing):
         "Note one routing decision."
         used = (routing.gates != 0).cpu()
-        self.gates.setdefault(routing.block, []).append(used.any(0, keepdim=True) if routing.tower == 'text' else used)
+        if routing.tower == 'text': used = used.any(0, keepdim=True)
+        self.gates.setdefault(routing.block, []).append(used)
 
     def of(self,
-        model, # `AdaptedCLIP`, as it was encoding
+        model:AdaptedCLIP, # as it was encoding
         tower:str, # 'image' or 'text'
         n:int, # sequences
     )->Tensor: # (n, blocks x experts) bool, in the order of `Versions.experts`
         "The experts of `tower` that each sequence used."
-        used = [reduce(or_, self.gates[m.block]).expand(n, -1) if m.mix is once else torch.ones(n, len(m.experts), dtype=torch.bool)
-                for m in model.moes if m.tower == tower]
-        return torch.cat(used, dim=1) if used else torch.zeros(n, 0, dtype=torch.bool)
+        used = [torch.zeros(n, 0, dtype=torch.bool)]
+        for m in model.moes:
+            if m.tower != tower: continue
+            everything = torch.ones(n, len(m.experts), dtype=torch.bool)
+            used.append(reduce(or_, self.gates[m.block]).expand(n, -1) if m.mix is route_once else everything)
+        return torch.cat(used, dim=1)
 
 # %% ../../nbs/6_learn/04_cache.ipynb #df38daca
 @dataclass
 class Rows:
     "Some rows of what could be known."
-    source:object # a dataset, or a tuple of prompts
+    source:Any # a dataset, or a tuple of prompts
     index:Tensor # (n,) ascending: which rows
     values:tuple[Tensor, ...] # each (n, ...), on the CPU
     uses:Tensor # (n, blocks x experts) bool
     asked:int=0 # the last evaluation that wanted them
 
-    @property
-    def nbytes(self)->int: return sum(t.nbytes for t in (self.index, *self.values, self.uses))
-    def __getitem__(self, i:Tensor|slice): return Rows(self.source, self.index[i], tuple(v[i] for v in self.values), self.uses[i], self.asked)
-    def of(self, index:Tensor)->tuple[Tensor, ...]: return tuple(v[torch.searchsorted(self.index, index)] for v in self.values)
+    def __getitem__(self, i:Tensor|slice)->'Rows':
+        values = tuple(v[i] for v in self.values)
+        return Rows(self.source, self.index[i], values, self.uses[i], asked=self.asked)
 
-def merged(a:Rows, b:Rows)->Rows:
+    @property
+    def nbytes(self)->int:
+        "Memory in bytes."
+        return sum(t.nbytes for t in (self.index, *self.values, self.uses))
+
+    def of(self, index:Tensor)->tuple[Tensor, ...]:
+        "The values of some rows."
+        return tuple(v[torch.searchsorted(self.index, index)] for v in self.values)
+
+# %% ../../nbs/6_learn/04_cache.ipynb #a2f48d95
+def merged(
+    a:Rows,
+    b:Rows,
+)->Rows:
     "The rows of both; they have none in common."
+    index, uses = torch.cat([a.index, b.index]), torch.cat([a.uses, b.uses])
     values = tuple(torch.cat(v) for v in zip(a.values, b.values))
-    both = Rows(a.source, torch.cat([a.index, b.index]), values, torch.cat([a.uses, b.uses]), a.asked)
-    return both[both.index.argsort()]
+    return Rows(a.source, index, values, uses, asked=a.asked)[index.argsort()]
 
 # %% ../../nbs/6_learn/04_cache.ipynb #075db03f
-def valid_rows(key:tuple, r:Rows, a:Versions, b:Versions)->Rows:
+def valid_rows(
+    key:tuple, # tower, source, routers s
+    r:Rows,
+    a:Versions, # when they were computed
+    b:Versions, # now
+)->Rows:
     "What is left of rows from version `a` in version `b`."
     tower, _, s = key
     if s < 0: return r
     if a.routers[tower][s:s+1] != b.routers[tower][s:s+1]: return r[:0]
-    changed = torch.tensor([x != y for x, y in zip(a.experts[tower], b.experts[tower])], dtype=torch.bool)
-    stale = (r.uses & changed).any(1)                                       # (n,)
+    changed = [x != y for x, y in zip(a.experts[tower], b.experts[tower])]
+    stale = (r.uses & torch.tensor(changed, dtype=torch.bool)).any(1) # (n,)
     return r[~stale] if stale.any() else r
 
 # %% ../../nbs/6_learn/04_cache.ipynb #f2bc0670
@@ -106,23 +136,30 @@ class Cache:
         self.limit, self.rows, self.seen, self.round = mb * 1e6, {}, None, 0
 
     @property
-    def nbytes(self)->int: return sum(r.nbytes for r in self.rows.values())
+    def nbytes(self)->int:
+        "Memory in bytes."
+        return sum(r.nbytes for r in self.rows.values())
 
-    def look(self, model):
+    def look(self, model:AdaptedCLIP):
         "Forget everything that this `model` would no longer say."
         self.round += 1
         if not self.limit: return
         before, self.seen = self.seen, versions(model)
         if before is None or before.rest != self.seen.rest: self.rows.clear()
-        else: self.rows = {key: kept for key, r in self.rows.items() if len((kept := valid_rows(key, r, before, self.seen)).index)}
+        left = {key: valid_rows(key, r, before, self.seen) for key, r in self.rows.items()}
+        self.rows = {key: r for key, r in left.items() if len(r.index)}
 
 # %% ../../nbs/6_learn/04_cache.ipynb #cd8d6d29
 @patch
-def keep(self:Cache, key:tuple, rows:Rows):
+def keep(self:Cache,
+    key:tuple, # tower, source, routers s
+    rows:Rows,
+):
     "Keep `rows` if there is room, or room can be made."
     others = {k: r for k, r in self.rows.items() if k != key}
     free = self.limit - rows.nbytes - sum(r.nbytes for r in others.values())
-    for k in sorted((k for k, r in others.items() if r.asked < self.round - 1), key=lambda k: others[k].asked):
+    unwanted = [k for k, r in others.items() if r.asked < self.round - 1]
+    for k in sorted(unwanted, key=lambda k: others[k].asked):
         if free < 0: free += others.pop(k).nbytes
     if free >= 0: self.rows = {**others, key: rows}
 
@@ -130,19 +167,21 @@ def keep(self:Cache, key:tuple, rows:Rows):
 @patch
 def get(self:Cache,
     tower:str, # 'image' or 'text'
-    source, # a dataset (that very object), or a tuple of prompts
+    source:Any, # a dataset (that very object), or a tuple of prompts
     s:int, # whose routers, -1 for plain CLIP
     index:Tensor, # (n,) wanted rows
-    compute:Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]], # rows (m,) -> values (m, ...), and the experts they used (m, blocks x experts)
+    compute:Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]], # rows (m,) -> values (m, ...), uses of `Rows`
 )->tuple[Tensor, ...]: # values, each (n, ...)
     "The values of some rows; `compute` is asked for those that are not known."
-    key = tower, source if isinstance(source, tuple) else id(source), s     # `Rows.source` keeps the object alive: no other gets its id
+    # `Rows.source` keeps a dataset alive, so no other gets its id
+    key = tower, source if isinstance(source, tuple) else id(source), s
     known, new = self.rows.get(key), index.unique()
     if known:
         known.asked = self.round
         new = new[~torch.isin(new, known.index)]
     if not len(new): return known.of(index)
-    found = Rows(source, new, *compute(new), self.round)
+    values, uses = compute(new)
+    found = Rows(source, new, values, uses, asked=self.round)
     rows = merged(known, found) if known else found
     self.keep(key, rows)
     return rows.of(index)

@@ -7,37 +7,42 @@ __all__ = ['FEW', 'class_embeddings', 'Encoder']
 
 # %% ../../nbs/6_learn/05_features.ipynb #b6299f9a
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from torch import nn, Tensor
 from torch.utils.data import DataLoader, Subset
 from .cache import Cache, Uses
 from ..select.select import dataset_features
-from ..streams.tasks import prompts
+from ..streams.tasks import Task, prompts
 
 # %% ../../nbs/6_learn/05_features.ipynb #fd82c1a5
 def _routers(s): return s if s >= 0 else None
 
 @torch.no_grad()
-def class_embeddings(model, # with encode_text(tokens, task); in evaluation its encode_prompts is used, if it has one
-                     tokenizer, # texts -> tokens
-                     task, # whose classes and templates
-                     s=-1, # whose routers; -1: plain CLIP
-                     **watch # probe=, told of every routing decision
-                    )->torch.Tensor: # (classes, d), unit length
-    "The mean over templates of the normalised text features of each class, normalised"
+def class_embeddings(
+    model:nn.Module, # with encode_text(tokens, task); in evaluation its encode_prompts is used, if it has one
+    tokenizer:Callable, # texts -> tokens
+    task:Task, # whose classes and templates
+    s:int=-1, # whose routers; -1: plain CLIP
+    **watch:Any, # probe=, told of every routing decision
+)->Tensor: # (classes, d), unit length
+    "The mean over templates of the normalised text features of each class, normalised."
     encode = model.encode_text if model.training else getattr(model, 'encode_prompts', model.encode_text)
     texts = [p for t in task.templates for p in prompts(task, t)]
-    w = F.normalize(encode(tokenizer(texts).to(model.logit_scale.device), _routers(s), **watch), dim=-1) # (templates x classes, d)
+    tokens = tokenizer(texts).to(model.logit_scale.device)
+    w = F.normalize(encode(tokens, _routers(s), **watch), dim=-1) # (templates x classes, d)
     return F.normalize(w.unflatten(0, (len(task.templates), -1)).mean(0), dim=-1)
 
 # %% ../../nbs/6_learn/05_features.ipynb #703636ee
 @dataclass
 class Encoder:
-    "Features of classes and test images by one model; what the cache knows is not computed"
-    model:object # with encode_image(images, task, probe), .clip, .logit_scale: `AdaptedCLIP`
-    tokenizer:object # texts -> tokens
+    "Features of classes and test images by one model; what the cache knows is not computed."
+    model:nn.Module # with encode_image(images, task, probe), .clip, .logit_scale: `AdaptedCLIP`
+    tokenizer:Callable # texts -> tokens
     cache:Cache=field(default_factory=Cache)
     batch:int=96 # images per pass
     workers:int=0 # processes that load images
@@ -47,45 +52,68 @@ class Encoder:
 
 # %% ../../nbs/6_learn/05_features.ipynb #6a4091fb
 @patch
-def classes(self:Encoder, task, s:int)->torch.Tensor: # (classes, d), unit length
-    "`class_embeddings` by the routers `s`, -1 for plain CLIP"
+def classes(self:Encoder,
+    task:Task,
+    s:int, # whose routers, -1 for plain CLIP
+)->Tensor: # (classes, d), unit length
+    "`class_embeddings` by the routers `s`."
+    n = len(task.classes)
     def compute(rows):
-        probe, self.passes['prompts'] = Uses(), self.passes['prompts'] + len(task.classes)*len(task.templates)
-        w = class_embeddings(self.model, self.tokenizer, task, s, **(dict(probe=probe) if s >= 0 else {}))
-        return (w.cpu(),), self.uses(probe, 'text', s, len(w))
-    return self.cache.get('text', (task.classes, task.templates), s, torch.arange(len(task.classes)), compute)[0].to(self.model.logit_scale.device)
+        probe = Uses()
+        self.passes['prompts'] += n*len(task.templates)
+        watch = dict(probe=probe) if s >= 0 else {}
+        w = class_embeddings(self.model, self.tokenizer, task, s, **watch)
+        return (w.cpu(),), self.uses(probe, 'text', s, n=n)
+    source = task.classes, task.templates
+    w, = self.cache.get('text', source, s, torch.arange(n), compute=compute)
+    return w.to(self.model.logit_scale.device)
 
 @patch
-def uses(self:Encoder, probe:Uses, tower:str, s:int, n:int)->torch.Tensor: # (n, blocks x experts)
-    "The experts that `probe` saw; none for plain CLIP"
+def uses(self:Encoder,
+    probe:Uses,
+    tower:str, # 'image' or 'text'
+    s:int, # whose routers, -1 for plain CLIP
+    n:int, # sequences
+)->Tensor: # (n, blocks x experts)
+    "The experts that `probe` saw; none for plain CLIP."
     return probe.of(self.model, tower, n) if s >= 0 else torch.zeros(n, 0, dtype=torch.bool)
 
 # %% ../../nbs/6_learn/05_features.ipynb #eb408b50
 FEW = 4 # images that a batch has at least
 
+def _encode(encoder, x, s): # (n, 3, H, W) -> (n, d), (n, blocks x experts); on the CPU
+    "Features of a batch, and the experts it went through."
+    probe, n = Uses(), len(x)
+    some = torch.arange(max(n, FEW)) % n
+    z = encoder.model.encode_image(x[some].to(encoder.model.logit_scale.device), s, probe).cpu()
+    return z[:n], probe.of(encoder.model, 'image', len(some))[:n]
+
 @patch
 @torch.no_grad()
-def images(self:Encoder, task,
-           index, # (n,) of test images of `task`
-           s:int # whose routers
-          )->torch.Tensor: # (n, d), not normalised
-    "Features of some test images by the routers `s`"
-    device = self.model.logit_scale.device
+def images(self:Encoder,
+    task:Task,
+    index:Tensor, # (n,) of test images of `task`
+    s:int, # whose routers
+)->Tensor: # (n, d), not normalised
+    "Features of some test images by the routers `s`."
     def compute(rows):
-        found, self.passes['images'] = [], self.passes['images'] + len(rows)
-        for x, _ in DataLoader(Subset(task.test, rows.tolist()), self.batch, num_workers=self.workers):
-            probe, some = Uses(), torch.arange(max(len(x), FEW)) % len(x)
-            z = self.model.encode_image(x[some].to(device), s, probe).cpu()
-            found.append((z[:len(x)], probe.of(self.model, 'image', len(some))[:len(x)]))
-        z, used = map(torch.cat, zip(*found))
+        self.passes['images'] += len(rows)
+        loading = DataLoader(Subset(task.test, rows.tolist()), self.batch, num_workers=self.workers)
+        z, used = map(torch.cat, zip(*(_encode(self, x, s) for x, _ in loading)))
         return (z,), used
-    return self.cache.get('image', task.test, s, index, compute)[0].to(device)
+    z, = self.cache.get('image', task.test, s, index, compute=compute)
+    return z.to(self.model.logit_scale.device)
 
 # %% ../../nbs/6_learn/05_features.ipynb #69ce2b4c
 @patch
-def plain(self:Encoder, task, index)->tuple[torch.Tensor, torch.Tensor]: # (n, F), (n,)
-    "Features of some test images by the frozen CLIP, for selectors, and labels"
+def plain(self:Encoder,
+    task:Task,
+    index:Tensor, # (n,) of test images of `task`
+)->tuple[Tensor, Tensor]: # (n, F), (n,)
+    "Features of some test images by the frozen CLIP, for selectors, and labels."
     def compute(rows):
         self.passes['images'] += len(rows)
-        return dataset_features(self.model.clip, Subset(task.test, rows.tolist()), self.batch, self.workers), torch.zeros(len(rows), 0, dtype=torch.bool)
-    return self.cache.get('image', task.test, -1, index, compute)
+        some = Subset(task.test, rows.tolist())
+        found = dataset_features(self.model.clip, some, self.batch, self.workers)
+        return found, torch.zeros(len(rows), 0, dtype=torch.bool)
+    return self.cache.get('image', task.test, -1, index, compute=compute)

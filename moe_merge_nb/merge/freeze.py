@@ -31,7 +31,8 @@ def freeze_most_used(
     events = []
     for moe in model.moes:
         if len(moe.experts) == 1: continue                                      # all tasks share it
-        by = ('text', moe.block * depth['text'] // depth['image']) if freeze_bug and moe.tower == 'image' else (moe.tower, moe.block)
+        by = moe.tower, moe.block
+        if freeze_bug and moe.tower == 'image': by = 'text', moe.block * depth['text'] // depth['image']
         if by not in counts: continue
         experts = most_used(counts[by], n)
         moe.freeze(experts)

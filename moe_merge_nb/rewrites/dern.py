@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from ..layer.experts import State
-from ..merge.rule import balance, neurons
+from ..layer.experts import balance, neurons
 from .bank import Bank
-from .group import dominant
+from .group import dominant, usage
 from .statistics import Statistics
 
 # %% ../../nbs/8_rewrites/06_dern.ipynb #81c9f893
@@ -42,7 +42,8 @@ def k_means(
         if before is not None and torch.equal(before, of): break
         member = w[:, None] * F.one_hot(of, r).to(Z.dtype)                      # (n, r)
         n = member.T @ length / member.sum(0).clamp(min=1e-12)
-        centres = torch.where(member.any(0)[:, None], n[:, None] * F.normalize(member.T @ u, dim=1), centres)
+        moved = n[:, None] * F.normalize(member.T @ u, dim=1)
+        centres = torch.where(member.any(0)[:, None], moved, centres)
     return centres, of
 
 # %% ../../nbs/8_rewrites/06_dern.ipynb #3cc0899c
@@ -56,8 +57,13 @@ def narrowed(
     n, d, weights = torch.tensor([len(p) for p in parts], device=start.device), biases.shape[1], weights.to(start)
     w = weights.repeat_interleave(n)
     C, _ = k_means(torch.cat(parts), w, start)
-    share = weights * n / w.sum()                               # (sources,) sums to 1
-    return {'down.weight': C[:, :d].clone(), 'down.bias': C[:, d].clone(), 'up.weight': C[:, d+1:].T.clone(), 'up.bias': share @ biases}
+    share = weights * n / w.sum()                                               # (sources,) sums to 1
+    return {
+        'down.weight': C[:, :d].clone(),
+        'down.bias': C[:, d].clone(),
+        'up.weight': C[:, d+1:].T.clone(),
+        'up.bias': share @ biases,
+    }
 
 # %% ../../nbs/8_rewrites/06_dern.ipynb #a046f334
 def fractions(
@@ -66,7 +72,8 @@ def fractions(
     n:int, # number of experts
 )->Tensor: # (n, kept), rows of dropped experts sum to 1 if nothing was discarded
     "Which part of every expert's neurons is in which survivor."
-    to = torch.zeros(n, len(kept)); to[kept, range(len(kept))] = 1
+    to = torch.zeros(n, len(kept))
+    to[kept, range(len(kept))] = 1
     for o, s in sent.items(): to[o] = s[s >= 0].bincount(minlength=len(kept)) / len(s)
     return to
 
@@ -81,14 +88,24 @@ def routed(
     router:str='share', # one of `ROUTER`
 )->Bank:
     "Put the survivors in place of all."
-    gate, only = b.gate, torch.zeros_like(to); only[kept] = to[kept]            # only: dropped columns are closed
+    gate, only = b.gate, torch.zeros_like(to)
+    only[kept] = to[kept]                                                       # only: dropped columns are closed
     if router == 'bind': to = F.one_hot(to.argmax(1), len(kept)) * to.any(1, keepdim=True).to(to)
-    if router == 'add': gate = gate.clone(); gate[..., kept] = b.gate @ to.to(gate)
+    if router == 'add':
+        gate = gate.clone()
+        gate[..., kept] = b.gate @ to.to(gate)
     if router in ('add', 'close'): to = only
-    return replace(b, states=states, gate=gate, place=b.place @ to, always=b.always @ to)
+    new = dict(column_to_expert=b.column_to_expert @ to, always_on=b.always_on @ to)
+    return replace(b, states=states, gate=gate, **new)
 
 # %% ../../nbs/8_rewrites/06_dern.ipynb #01c6a70e
-def recombined(b:Bank, kept:list[int], received:float=.5, threshold:float=-1., router:str='share')->Bank:
+def recombined(
+    b:Bank,
+    kept:list[int], # survivors
+    received:float=.5, # weight of a received neuron
+    threshold:float=-1., # neurons less similar are discarded
+    router:str='share', # one of `ROUTER`
+)->Bank:
     "`b` with the experts `kept`, which have taken in the neurons of the others."
     z = [balance(s) for s in b.states]
     sent = {e: send(z[e], [z[k] for k in kept], threshold) for e in range(len(z)) if e not in kept}
@@ -96,33 +113,37 @@ def recombined(b:Bank, kept:list[int], received:float=.5, threshold:float=-1., r
     for r, k in enumerate(kept):
         sources = [o for o, to in sent.items() if (to == r).any()]
         parts = [neurons(z[k]), *(neurons(z[o])[sent[o] == r] for o in sources)]
+        weights = torch.tensor([1.] + [received]*len(sources))
         biases = torch.stack([z[e]['up.bias'] for e in (k, *sources)])
-        new.append(narrowed(parts, torch.tensor([1.] + [received]*len(sources)), biases, parts[0]) if sources else b.states[k])
-    return routed(b, new, kept, fractions(sent, kept, len(z)), router)
+        new.append(narrowed(parts, weights, biases, start=parts[0]) if sources else b.states[k])
+    return routed(b, new, kept, fractions(sent, kept, len(z)), router=router)
 
 # %% ../../nbs/8_rewrites/06_dern.ipynb #85a85831
 def dern(
-    banks:list[Bank], stats:list[Statistics], budget:int,
+    banks:list[Bank],
+    stats:list[Statistics],
+    budget:int,
     score:str='mass', # who survives: gate 'mass' or 'counts'
     received:float=.5, # weight of a received neuron; own ones have 1; 0: survivors stay as they are
     threshold:float=-1., # neurons less similar to any survivor are discarded
     router:str='share', # one of `ROUTER`
 )->list[Bank]:
     "Drop experts, send their neurons to the survivors (adapted from arXiv 2509.10377)."
-    if score not in ('mass', 'counts'): raise ValueError(f"score is {score!r}: choose 'mass' or 'counts'")
     if router not in ROUTER: raise ValueError(f"router is {router!r}: choose one of {', '.join(ROUTER)}")
     if not received >= 0: raise ValueError(f'received is {received}: choose a weight of 0 or more')
-    used = [getattr(s, score).double() for s in stats]
+    used = [usage(s, score).double() for s in stats]
     kept = dominant([u / u.sum() for u in used], budget)
-    return [recombined(b, sorted(k), received, threshold, router) for b, k in zip(banks, kept)]
+    how = dict(received=received, threshold=threshold, router=router)
+    return [recombined(b, sorted(k), **how) for b, k in zip(banks, kept)]
 
 # %% ../../nbs/8_rewrites/06_dern.ipynb #945d0afd
 def recombine(
     states:list[State], # of the sources, most used first
-    counts:Tensor, # (sources,) their usage
+    counts:Tensor, # (sources,) their usage; equal weights if nobody was used
     base:State|None=None, # not needed
 )->State:
-    "The neurons of all sources, clustered to the width of the first (idea of arXiv 2509.10377); equal weights if nobody was used."
+    "The neurons of all sources, clustered to the width of the first (idea of arXiv 2509.10377)."
     z = [balance(s) for s in states]
     weights = counts.double() if counts.any() else torch.ones(len(z))
-    return narrowed([neurons(s) for s in z], weights, torch.stack([s['up.bias'] for s in z]), neurons(z[0]))
+    rows, biases = [neurons(s) for s in z], torch.stack([s['up.bias'] for s in z])
+    return narrowed(rows, weights, biases, start=rows[0])

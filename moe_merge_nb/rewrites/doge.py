@@ -9,7 +9,7 @@ __all__ = ['coefficients', 'gaps', 'gradient', 'shared_basis', 'correction', 'la
 import torch
 from torch import Tensor
 from ..layer.experts import State
-from .task_vectors import task_vectors
+from .task_vectors import check_share, task_vectors
 
 # %% ../../nbs/8_rewrites/08_doge.ipynb #7e03a6b0
 def coefficients(
@@ -28,10 +28,14 @@ def gaps(
     delta:Tensor, # (m, c)
 )->Tensor: # (n, m)
     "a_jr: how far the merged matrix is from source j along its own row r."
-    merged = (lambdas[:, None, None] * (tau + delta)).sum(0)                                        # (m, c)
+    merged = (lambdas[:, None, None] * (tau + delta)).sum(0)                        # (m, c)
     return (tau * (tau - merged)).sum(-1)
 
-def gradient(tau:Tensor, lambdas:Tensor, delta:Tensor)->Tensor: # (m, c)
+def gradient(
+    tau:Tensor, # (n, m, c)
+    lambdas:Tensor, # (n,)
+    delta:Tensor, # (m, c)
+)->Tensor: # (m, c)
     "Of the sum of squares of `gaps` with respect to `delta`."
     a = gaps(tau, lambdas, delta)
     return -2 * lambdas.sum() * (a[..., None] * tau).sum(0)
@@ -69,34 +73,39 @@ def largest(
     keep:float=0.3, # share of entries
 )->Tensor: # (n, D) bool
     "The largest entries of every row, with all that are as large as the next."
-    if not 0 < keep <= 1: raise ValueError(f'keep is {keep}: choose the share of entries to keep, above 0 and at most 1')
+    check_share('keep', keep)
     k = tau.shape[1] - int(tau.shape[1] * keep)
     return tau.abs() >= (tau.abs().kthvalue(k, dim=1, keepdim=True).values if k else 0)
 
 # %% ../../nbs/8_rewrites/08_doge.ipynb #4a58949d
 @torch.no_grad()
 def doge(
-    states:list[State], counts:Tensor|None, base:State|None,
+    states:list[State],
+    counts:Tensor|None, # usage, not needed
+    base:State|None, # theta_0
     lam:float=0.07, # lambda
     relative:bool=False, # lam in units of the sources' mean norm
     subspace:int=6, # one direction of so many is shared
     keep:float=0.3, # share of each source's entries that are kept
-    steps:int=400, lr:float=1e-4, # of Adam
+    steps:int=400, # of Adam
+    lr:float=1e-4, # of Adam
 )->State:
-    "Correct the task vectors of both matrices by projected descent, keep the largest entries, add up (DOGE, arXiv 2501.01230)."
-    names = ['down.weight', 'up.weight']
-    kept = largest(task_vectors(states, base and {n: base[n] for n in names}), keep).split([base[n].numel() for n in names], dim=1)
+    "Correct both matrices' task vectors by projected descent, keep the largest, add up (DOGE, arXiv 2501.01230)."
+    both = base and {n: base[n] for n in ('down.weight', 'up.weight')}
+    kept = largest(task_vectors(states, both), keep).split([t.numel() for t in both.values()], dim=1)
     new = {n: t.clone() for n, t in base.items()}
-    for name, m in zip(names, kept):
-        tau = torch.stack([s[name] - base[name] for s in states])
+    for (name, start), m in zip(both.items(), kept):
+        tau = torch.stack([s[name] - start for s in states])
         lambdas = coefficients(tau, lam, relative)
-        delta = correction(tau, lambdas, shared_basis(tau, subspace), steps, lr)
+        delta = correction(tau, lambdas, shared_basis(tau, subspace), steps, lr=lr)
         new[name] += (lambdas[:, None, None] * (tau + delta) * m.view_as(tau)).sum(0)
     return new
 
 # %% ../../nbs/8_rewrites/08_doge.ipynb #ea8bef74
 def doge_relative(
-    states:list[State], counts:Tensor|None, base:State|None,
+    states:list[State],
+    counts:Tensor|None, # usage, not needed
+    base:State|None, # theta_0
     lam:float=0.3, # in units of the sources' mean norm
     **options, # of `doge`
 )->State:

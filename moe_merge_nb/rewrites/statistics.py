@@ -6,7 +6,8 @@
 __all__ = ['Statistics', 'affinity', 'Recorder', 'calibrate', 'outputs', 'routing_similarity', 'output_similarity']
 
 # %% ../../nbs/8_rewrites/02_statistics.ipynb #d55e8065
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,41 +58,50 @@ def affinity(
 # %% ../../nbs/8_rewrites/02_statistics.ipynb #2ab9f983
 class Recorder:
     "A probe that collects the rows of `Statistics` for every block."
-    def __init__(self, model:AdaptedCLIP, every:int=1):
+    def __init__(self,
+        model:AdaptedCLIP,
+        every:int=1, # one token of so many is kept
+    ):
         self.moes = {(m.tower, m.block): m for m in model.moes}
-        self.rows, self.every = {key: [] for key in self.moes}, every              # every: one token of so many is kept
+        self.rows, self.every = {key: [] for key in self.moes}, every
         self.peak = {key: torch.zeros(len(m.experts)) for key, m in self.moes.items()}
-        self.labels = None                                                         # (batch,), set before each batch
+        self.labels = None                                                  # (batch,), set before each batch
 
     def __call__(self, r:Routing):
         "Keep one routing decision."
-        key = r.tower, r.block
-        self.rows[key].append((r.logits.cpu(), r.gates.cpu(), torch.full((len(r.x),), r.task), self.labels, r.x.flatten(0, 1)[::self.every].cpu()))
-        reached = r.gates > 0 if self.moes[key].place is None else r.gates @ self.moes[key].place + self.moes[key].always > 0
+        key, tokens = (r.tower, r.block), r.x.flatten(0, 1)[::self.every].cpu()
+        task = torch.full((len(r.x),), r.task)
+        self.rows[key].append((r.logits.cpu(), r.gates.cpu(), task, self.labels, tokens))
+        moe, peak = self.moes[key], self.peak[key]
+        reached = moe.weigh(r.gates) > 0
         for e in reached.any(0).nonzero().flatten().tolist():
-            self.peak[key][e] = max(self.peak[key][e], self.moes[key].experts[e](r.x[reached[:, e]]).abs().max().cpu())
+            peak[e] = max(peak[e], moe.experts[e](r.x[reached[:, e]]).abs().max().cpu())
 
     def result(self)->list[Statistics]:
         "One for every block, in the order of `model.moes`."
-        parts = [(*(torch.cat(c) for c in zip(*rows)), self.peak[key]) for key, rows in self.rows.items()]
-        return [Statistics(logits, gates, task, label, peak, tokens) for logits, gates, task, label, tokens, peak in parts]
+        columns = {key: [torch.cat(c) for c in zip(*rows)] for key, rows in self.rows.items()}
+        return [Statistics(*c[:4], peak=self.peak[key], tokens=c[4]) for key, c in columns.items()]
 
 # %% ../../nbs/8_rewrites/02_statistics.ipynb #1154b0cb
 @torch.no_grad()
 def calibrate(
     model:AdaptedCLIP, # that has learned the stream
-    tokenizer, # texts -> (n, context)
+    tokenizer:Callable, # texts -> (n, context)
     stream:Stream,
     images:int=32, # training images of every task
     every:int=7, # one token of so many is kept for comparing what experts compute
     seed:int=0, # which images
 )->list[Statistics]: # one for every block, in the order of `model.moes`
-    "Statistics of a few training images (as they look in evaluation) and all prompts, each routed by its own task's routers."
-    if model.n_tasks != len(stream): raise ValueError(f'the model has learned {model.n_tasks} tasks, stream {stream.name!r} has {len(stream)}: calibrate with the stream it was trained on')
-    recorder, device, generator = Recorder(model.eval(), every), model.logit_scale.device, torch.Generator().manual_seed(seed)
+    "Statistics of a few training images (as in evaluation) and all prompts, each routed by its own task's routers."
+    if model.n_tasks != len(stream):
+        raise ValueError(f'the model has learned {model.n_tasks} tasks, stream {stream.name!r} has {len(stream)}: '
+                         'calibrate with the stream it was trained on')
+    recorder, device = Recorder(model.eval(), every), model.logit_scale.device
+    generator = torch.Generator().manual_seed(seed)
     for t, task in enumerate(stream):
         some = torch.randperm(len(task.calibration), generator=generator)[:images].tolist()
-        for x, recorder.labels in DataLoader(Subset(task.calibration, some), 64, generator=torch.Generator()): model.encode_image(x.to(device), t, recorder)
+        batches = DataLoader(Subset(task.calibration, some), 64, generator=torch.Generator())
+        for x, recorder.labels in batches: model.encode_image(x.to(device), t, recorder)
         recorder.labels = torch.arange(len(task.classes))
         model.encode_text(tokenizer(prompts(task)).to(device), t, recorder)
     return recorder.result()
@@ -104,13 +114,15 @@ def outputs(
 )->Tensor: # (P, M, width)
     "What every expert says about every token."
     stack = lambda name: torch.stack([s[name] for s in states])
-    hidden = torch.baddbmm(stack('down.bias')[:, None], tokens.expand(len(states), -1, -1), stack('down.weight').mT).relu()    # (P, M, r)
+    x = tokens.expand(len(states), -1, -1)
+    hidden = torch.baddbmm(stack('down.bias')[:, None], x, stack('down.weight').mT).relu()         # (P, M, r)
     return scale * torch.baddbmm(stack('up.bias')[:, None], hidden, stack('up.weight').mT)
 
 # %% ../../nbs/8_rewrites/02_statistics.ipynb #f849a44d
 def routing_similarity(s:Statistics)->Tensor: # (E, E) in -1 ... 1
     "Cosine of the columns' logits over all sequences (M-SMoE, arXiv 2310.01334)."
-    columns = F.normalize(s.logits.T.double().masked_fill(s.logits.T.isinf(), 0.), dim=1)
+    logits = s.logits.T
+    columns = F.normalize(logits.double().masked_fill(logits.isinf(), 0.), dim=1)
     return columns @ columns.T
 
 def output_similarity(

@@ -29,7 +29,7 @@ def batch_indices(
 # %% ../../nbs/safe/02_batches.ipynb #8f009dbf
 @contextmanager
 def drawing(*seed:int)->Iterator[None]:
-    "Inside, random numbers (PyTorch's on the CPU, NumPy's, Python's) depend on `seed` alone; outside, nothing was drawn."
+    "Inside, the random numbers of PyTorch (CPU), NumPy and Python depend on `seed` alone; outside, nothing was drawn."
     numpy, python = np.random.get_state(), random.getstate()
     s, t = np.random.SeedSequence(seed).generate_state(2).tolist()
     with torch.random.fork_rng(devices=[]):
@@ -38,7 +38,9 @@ def drawing(*seed:int)->Iterator[None]:
             np.random.seed(s)
             random.seed(s)
             yield
-        finally: np.random.set_state(numpy); random.setstate(python)
+        finally:
+            np.random.set_state(numpy)
+            random.setstate(python)
 
 # %% ../../nbs/safe/02_batches.ipynb #27060794
 class Batches(Dataset):
@@ -52,9 +54,17 @@ class Batches(Dataset):
     def __len__(self): return len(self.indices)
 
     def __getitem__(self, k:int):
-        i = self.indices[k]
-        with drawing(*self.seed, k): return default_collate(self.dataset.__getitems__(i) if hasattr(self.dataset, '__getitems__') else [self.dataset[j] for j in i])
+        data, chosen = self.dataset, self.indices[k]
+        with drawing(*self.seed, k):
+            together = hasattr(data, '__getitems__')
+            return default_collate(data.__getitems__(chosen) if together else [data[j] for j in chosen])
 
-def loader(batches:Batches, first:int=0, workers:int=0, pin:bool=False)->DataLoader:
+def loader(
+    batches:Batches,
+    first:int=0, # number of the first batch
+    workers:int=0, # processes; 0: this one
+    pin:bool=False, # page-locked memory
+)->DataLoader:
     "The batches from number `first` on."
-    return DataLoader(batches, batch_size=None, sampler=range(first, len(batches)), num_workers=workers, pin_memory=pin)
+    order = range(first, len(batches))
+    return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin)

@@ -11,20 +11,18 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from safetensors import SafetensorError
 
 # %% ../../nbs/safe/01_files.ipynb #7057407d
 def flush(path:Path):
     "Force a file, or the names in a directory, onto the disk."
+    may_fail = suppress(OSError) if path.is_dir() else nullcontext()   # not every network file system can
     fd = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError) if path.is_dir() else _strict(): os.fsync(fd)    # some network file systems cannot do it for a directory
+        with may_fail: os.fsync(fd)
     finally: os.close(fd)
-
-@contextmanager
-def _strict(): yield
 
 def part_of(path:Path)->Path:
     "Where this process writes what is going to be `path`."
@@ -41,15 +39,20 @@ def sweep(
             if time.time() - part.stat().st_mtime >= age: part.unlink()
 
 # %% ../../nbs/safe/01_files.ipynb #d7103c2d
-def not_written(path:Path, e:Exception)->OSError:
+def not_written(
+    path:Path,
+    e:Exception, # what went wrong
+)->OSError:
     "The error that names `path`, and what is there instead."
     why = (e.strerror if isinstance(e, OSError) else None) or str(e)
     left = 'what was there before is untouched' if path.exists() else 'nothing was written'
     return OSError(getattr(e, 'errno', None) or errno.EIO, f'{path} cannot be written ({why}); {left}')
 
 @contextmanager
-def replacing(path:str|Path)->Iterator[Path]:
-    "A name to write to; when the block ends without an error, that file is `path`. Folders are made; OSError names the file."
+def replacing(
+    path:str|Path, # its folders are made
+)->Iterator[Path]:
+    "A name to write to; when the block ends without an error, that file is `path`. OSError names the file."
     path = Path(path)
     part = part_of(path)
     try:
@@ -63,12 +66,20 @@ def replacing(path:str|Path)->Iterator[Path]:
     finally:
         with suppress(OSError): part.unlink(missing_ok=True)
 
-def write_text(path:str|Path, text:str):
+# %% ../../nbs/safe/01_files.ipynb #6fa820e6
+def write_text(
+    path:str|Path,
+    text:str,
+):
     "`text` as the whole of `path`."
     with replacing(path) as part: part.write_text(text, encoding='utf-8')
 
-def write_json(path:str|Path, content, **how):
-    "`content` as JSON; `how` is for `json.dumps`."
+def write_json(
+    path:str|Path,
+    content:object, # what JSON can hold
+    **how, # for `json.dumps`
+):
+    "`content` as JSON."
     write_text(path, json.dumps(content, **{'indent': 1, **how}))
 
 # %% ../../nbs/safe/01_files.ipynb #2ad0b0b6

@@ -38,13 +38,18 @@ def dead(who:tuple[int, str]|None)->bool:
 
 # %% ../../nbs/safe/04_guard.ipynb #919675b7
 @contextmanager
-def locked(directory:str|Path, patience:float=15.)->Iterator[None]: # seconds for the children of a process that was killed
+def locked(
+    directory:str|Path, # made if need be
+    patience:float=15., # seconds for the children of a process that was killed
+)->Iterator[None]:
     "Inside, this process has `directory` for itself. InUse if another one has it, OSError if it cannot be written to."
     d = Path(directory)
     check_writable(d)
     lock, who = FileLock(d/LOCK), owner(d)
     try: lock.acquire(timeout=patience if dead(who) else 0)
-    except Timeout: raise InUse(f'{d} is in use by {f"process {who[0]} on {who[1]}" if who else "another process"}: wait for it, end it, or choose another directory') from None
+    except Timeout:
+        by = f'process {who[0]} on {who[1]}' if who else 'another process'
+        raise InUse(f'{d} is in use by {by}: wait for it, end it, or choose another directory') from None
     try:
         (d/OWNER).write_text(f'{os.getpid()} {socket.gethostname()}', encoding='utf-8')
         sweep(d, age=0)
@@ -71,12 +76,17 @@ class Stop:
         return self
 
     def __exit__(self, *error):
-        for s, handler in self.before.items(): signal.signal(s, handler if handler is not None else signal.SIG_DFL)
+        for s, handler in self.before.items():
+            signal.signal(s, handler if handler is not None else signal.SIG_DFL)
         self.before = {}
 
-    def note(self, number, frame):
+    def note(self,
+        number:int, # of the signal
+        frame:object, # where the program was
+    ):
+        "The handler: remember the signal; the next one does what it always did."
         self.number = number
-        self.__exit__()                                                         # the next signal does what it always did
+        self.__exit__()
         if self.at_once: self.check()
 
     def check(self, said:str=''):

@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 
 # %% ../../nbs/safe/06_provenance.ipynb #3b361497
-def git(here:Path, *args:str)->str|None: # what it prints; None if it fails or is missing
+def git(
+    here:Path, # a folder
+    *args:str, # of git
+)->str|None: # what it prints; None if it fails or is missing
     "Ask git in a folder."
     try: done = subprocess.run(['git', '-C', str(here), *args], capture_output=True, text=True)
     except OSError: return None                                         # no git on this machine
@@ -30,6 +33,7 @@ def commit_of(
     commit = git(here, 'rev-parse', '--short=12', 'HEAD')
     return dict(commit=commit, dirty=bool(git(here, 'status', '--porcelain', '--untracked-files=no', '.')))
 
+# %% ../../nbs/safe/06_provenance.ipynb #a7fdd788
 def device_name(device:torch.device|str='cpu')->str:
     "What computes."
     device = torch.device(device)
@@ -38,9 +42,15 @@ def device_name(device:torch.device|str='cpu')->str:
 def provenance(device:torch.device|str='cpu')->dict:
     "What a row needs to be reproduced, besides its configuration."
     here = Path(__file__).parents[1] if '__file__' in globals() else Path.cwd()  # the package
-    versions = {name: version(name) for name in ('torch', 'open_clip_torch', 'numpy')}
-    return dict(version=version('moe_merge_nb'), **commit_of(here), python=platform.python_version(), machine=platform.machine(), device=device_name(device),
-                threads=torch.get_num_threads(), **versions)
+    return dict(
+        version=version('moe_merge_nb'),
+        **commit_of(here),
+        python=platform.python_version(),
+        machine=platform.machine(),
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        **{name: version(name) for name in ('torch', 'open_clip_torch', 'numpy')},
+    )
 
 # %% ../../nbs/safe/06_provenance.ipynb #51b5fcb0
 def config_hash(

@@ -8,50 +8,60 @@ __all__ = ['Fitted']
 # %% ../../nbs/5_select/02_accept.ipynb #a7748a94
 import torch
 from fastcore.basics import patch
+from torch import Tensor
 
 # %% ../../nbs/5_select/02_accept.ipynb #41f8dd0e
 class Fitted:
-    "Selectors that measure a distance to each task, in units of a quantile of held-out training images"
+    "Selectors by a distance to each task, in units of a quantile of held-out training images."
     learned = ('n_tasks', 'thresholds') # names of what `fit` changes
-    def __init__(self, quantile=.97, # of a task's own held-out images, accepted
-                 held_out=.2, # fraction of the training images
-                 seed=0, # of the split, and of whatever a selector draws
-                 most=2000): # held-out images of a task
+    def __init__(self,
+        quantile:float=.97, # of a task's own held-out images, accepted
+        held_out:float=.2, # fraction of the training images
+        seed:int=0, # of the split, and of whatever a selector draws
+        most:int=2000, # held-out images of a task
+    ):
         for name, value in dict(quantile=quantile, held_out=held_out).items():
             if not 0 < value < 1: raise ValueError(f'{name}={value}: it must lie between 0 and 1')
         if most < 1: raise ValueError(f'most={most}: at least 1 image must be held out')
-        self.quantile, self.held_out, self.seed, self.most, self.n_tasks = quantile, held_out, seed, most, 0
+        self.quantile, self.held_out, self.seed, self.most = quantile, held_out, seed, most
+        self.n_tasks = 0
 
-    def split(self, features):
-        "A shuffled index of the images to fit and one of the images to hold out, drawn from the seed and the task's number"
-        n = len(features)
-        if n < 4: raise ValueError(f'{n} training images: a selector needs at least 4 per task, some of them held out')
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(1000*self.seed + self.n_tasks))
-        held = min(self.most, max(1, round(n*self.held_out)))
-        return order[held:], order[:held]
+# %% ../../nbs/5_select/02_accept.ipynb #f5d9bde0
+@patch
+def split(self:Fitted, features:Tensor)->tuple[Tensor, Tensor]: # to fit, to hold out
+    "A shuffled index of the images, in two parts, drawn from the seed and the task's number."
+    n = len(features)
+    if n < 4: raise ValueError(f'{n} training images: a selector needs at least 4 per task, some of them held out')
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1000*self.seed + self.n_tasks))
+    held = min(self.most, max(1, round(n*self.held_out)))
+    return order[held:], order[:held]
 
-    def scores(self, features)->torch.Tensor: # (N, tasks); at most 1 where the task accepts
-        "Distance to each task in units of its threshold"
-        return self.distances(features)/self.thresholds
+@patch
+def scores(self:Fitted, features:Tensor)->Tensor: # (N, tasks); at most 1 where the task accepts
+    "Distance to each task in units of its threshold."
+    return self.distances(features)/self.thresholds
 
 # %% ../../nbs/5_select/02_accept.ipynb #1deaed1f
 @patch
-def select(self:Fitted, features, # (N, F)
-           task=None # not read: only the oracle is told
-          )->torch.Tensor: # (N,) in -1 ... tasks - 1
-    "The nearest task that accepts an image, -1 where none does"
+def select(self:Fitted,
+    features:Tensor, # (N, F)
+    task:int|None=None, # not read: only the oracle is told
+)->Tensor: # (N,) in -1 ... tasks - 1
+    "The nearest task that accepts an image, -1 where none does."
     if not self.n_tasks: return torch.full((len(features),), -1)
     s, t = self.scores(features).min(dim=1)
     return t.where(s <= 1, -1)
 
 @patch
 def state(self:Fitted)->dict:
-    "All that has been learned: numbers, tensors, lists of them"
+    "All that has been learned: numbers, tensors, lists of them."
     return {name: getattr(self, name) for name in self.learned}
 
 @patch
 def restore(self:Fitted, state:dict):
-    "Continue from the `state` of a selector of the same kind and options; ValueError if it is of another kind"
-    if set(state) != set(self.learned): raise ValueError(f'this state holds {sorted(state)}; a {type(self).__name__} needs {sorted(self.learned)}')
+    "Continue from the `state` of a selector of the same kind and options; ValueError if it is of another kind."
+    needed = sorted(self.learned)
+    if sorted(state) != needed:
+        raise ValueError(f'this state holds {sorted(state)}; a {type(self).__name__} needs {needed}')
     for name, value in state.items(): setattr(self, name, value)
     return self

@@ -8,76 +8,107 @@ __all__ = ['Reconstruct', 'AutoEncoder']
 # %% ../../nbs/5_select/04_autoencoder.ipynb #dd2957d0
 import torch
 from fastcore.basics import patch
-from torch import nn
+from torch import nn, Tensor
 from .accept import Fitted
 
 # %% ../../nbs/5_select/04_autoencoder.ipynb #9cd30cee
 class Reconstruct(nn.Module):
-    "An auto-encoder of standardised features; called, it gives the error of each image"
-    def __init__(self, mean, std, hidden):
+    "An auto-encoder of standardised features; called, it gives the error of each image."
+    def __init__(self,
+        mean:Tensor, # (F,) of the training images
+        std:Tensor, # (F,)
+        hidden:int, # units
+    ):
         super().__init__()
         self.register_buffer('mean', mean)
         self.register_buffer('std', std.clamp(min=1e-6))
         self.down, self.up = nn.Linear(len(mean), hidden), nn.Linear(hidden, len(mean))
 
-    def standard(self, features): return (features - self.mean)/self.std # (N, F)
+    def standard(self, features:Tensor)->Tensor: # (N, F)
+        "Features in units of the training images' spread."
+        return (features - self.mean)/self.std
 
-    def error(self, x): # (N, F), standardised -> (N,)
+    def error(self, x:Tensor)->Tensor: # (N, F), standardised -> (N,)
+        "Mean squared error of each image."
         return (self.up(self.down(x).relu()) - x).square().mean(1)
 
-    def forward(self, features):
+    def forward(self, features:Tensor)->Tensor: # (N,)
         with torch.no_grad(): return self.error(self.standard(features))
 
-    def learn(self, x, # (N, F)
-              steps, lr, batch):
-        "Train on `x` with PyTorch's global random numbers"
-        x, optimizer = self.standard(x), torch.optim.AdamW(self.parameters(), lr, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-        for _ in range(steps):
-            loss = self.error(x[torch.randint(len(x), (min(batch, len(x)),))]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+# %% ../../nbs/5_select/04_autoencoder.ipynb #c6c20d6a
+@patch
+def learn(self:Reconstruct,
+    x:Tensor, # (N, F) features
+    steps:int,
+    lr:float, # peak of one cycle
+    batch:int,
+):
+    "Train on `x` with PyTorch's global random numbers."
+    x, optimizer = self.standard(x), torch.optim.AdamW(self.parameters(), lr, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    for _ in range(steps):
+        some = torch.randint(len(x), (min(batch, len(x)),))
+        loss = self.error(x[some]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 # %% ../../nbs/5_select/04_autoencoder.ipynb #715754a7
 class AutoEncoder(Fitted):
-    "Reconstruction error of one small auto-encoder per task, as in arXiv 2403.11549 but on features of the frozen CLIP"
+    "Reconstruction error of one small auto-encoder per task, as in arXiv 2403.11549, on features of the frozen CLIP."
     learned = ('n_tasks', 'thresholds', 'nets')
-    def __init__(self, quantile=.97, held_out=.2, hidden=64, # units between encoder and decoder
-                 steps=400, lr=3e-3, batch=64, seed=0, most=2000):
+    def __init__(self,
+        quantile:float=.97,
+        held_out:float=.2,
+        hidden:int=64, # units between encoder and decoder
+        steps:int=400,
+        lr:float=3e-3,
+        batch:int=64,
+        seed:int=0,
+        most:int=2000,
+    ):
         super().__init__(quantile, held_out, seed, most)
         for name, value in dict(hidden=hidden, steps=steps, batch=batch).items():
             if value < 1: raise ValueError(f'{name}={value}: it must be at least 1')
-        self.hidden, self.steps, self.lr, self.batch, self.nets, self.thresholds = hidden, steps, lr, batch, [], torch.zeros(0)
+        self.hidden, self.steps, self.lr, self.batch = hidden, steps, lr, batch
+        self.nets, self.thresholds = [], torch.zeros(0)
 
-    def fit(self, features, # (N, F) of the next task's training images
-            labels=None, texts=None): # not used
-        "Train the next task's auto-encoder; the same seed gives the same weights"
-        fit, held = self.split(features)
-        x = features[fit].float()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1000*self.seed + self.n_tasks)
-            net = Reconstruct(x.mean(0), x.std(0), self.hidden)
-            net.learn(x, self.steps, self.lr, self.batch)
-        threshold = net(features[held].float()).quantile(self.quantile).clamp(min=1e-12)
-        self.nets, self.thresholds, self.n_tasks = [*self.nets, net], torch.cat([self.thresholds, threshold[None]]), self.n_tasks + 1
-        return self
+# %% ../../nbs/5_select/04_autoencoder.ipynb #f9c237c7
+@patch
+def fit(self:AutoEncoder,
+    features:Tensor, # (N, F) of the next task's training images
+    labels:Tensor|None=None, # not used
+    texts:Tensor|None=None, # not used
+):
+    "Train the next task's auto-encoder; the same seed gives the same weights."
+    fit, held = self.split(features)
+    x = features[fit].float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1000*self.seed + self.n_tasks)
+        net = Reconstruct(x.mean(0), x.std(0), self.hidden)
+        net.learn(x, self.steps, self.lr, self.batch)
+    threshold = net(features[held].float()).quantile(self.quantile).clamp(min=1e-12)
+    self.nets = [*self.nets, net]
+    self.thresholds = torch.cat([self.thresholds, threshold[None]])
+    self.n_tasks += 1
+    return self
 
 # %% ../../nbs/5_select/04_autoencoder.ipynb #3a8e8294
 @patch
-def distances(self:AutoEncoder, features)->torch.Tensor: # (N, tasks)
-    "Reconstruction error by each task's auto-encoder"
+def distances(self:AutoEncoder, features:Tensor)->Tensor: # (N, tasks)
+    "Reconstruction error by each task's auto-encoder."
     return torch.stack([net(features.float()) for net in self.nets], dim=1)
 
 @patch
 def state(self:AutoEncoder)->dict:
-    "The networks as dicts of tensors"
-    return super(AutoEncoder, self).state() | dict(nets=[dict(net.state_dict()) for net in self.nets])
+    "The networks as dicts of tensors."
+    weights = [dict(net.state_dict()) for net in self.nets]
+    return super(AutoEncoder, self).state() | dict(nets=weights)
 
 @patch
 def restore(self:AutoEncoder, state:dict):
-    "Continue from the `state` of another auto-encoder selector with the same options"
+    "Continue from the `state` of another auto-encoder selector with the same options."
     super(AutoEncoder, self).restore(state)
     weights, self.nets = self.nets, []
     for w in weights:
@@ -86,7 +117,8 @@ def restore(self:AutoEncoder, state:dict):
         self.nets.append(net)
     return self
 
+# %% ../../nbs/5_select/04_autoencoder.ipynb #70874a6f
 @patch(as_prop=True)
 def n_parameters(self:AutoEncoder)->int:
-    "Weights, means and standard deviations, thresholds"
+    "Weights, means and standard deviations, thresholds."
     return sum(t.numel() for net in self.nets for t in net.state_dict().values()) + self.n_tasks

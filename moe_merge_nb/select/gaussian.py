@@ -8,69 +8,94 @@ __all__ = ['Gaussian']
 # %% ../../nbs/5_select/03_gaussian.ipynb #16be2104
 import torch
 from fastcore.basics import patch
+from torch import Tensor
 from .accept import Fitted
 
 # %% ../../nbs/5_select/03_gaussian.ipynb #a217347a
 class Gaussian(Fitted):
-    "Mahalanobis distance to the nearest class mean of a task, covariance between the task's own and that shared by all; closed form"
+    "Mahalanobis distance to the nearest class mean of a task, by its own and the shared covariance; closed form."
     learned = ('n_tasks', 'scatters', 'freedoms', 'centroids', 'kept')
-    def __init__(self, quantile=.97, held_out=.2, shrinkage=.1, # lambda, towards the diagonal
-                 own=.75, # m; 0: one covariance shared by all tasks, 1: each task its own
-                 seed=0, most=2000):
+    def __init__(self,
+        quantile:float=.97,
+        held_out:float=.2,
+        shrinkage:float=.1, # lambda, towards the diagonal
+        own:float=.75, # m; 0: one covariance shared by all tasks, 1: each task its own
+        seed:int=0,
+        most:int=2000,
+    ):
         super().__init__(quantile, held_out, seed, most)
         if not 0 < shrinkage <= 1: raise ValueError(f'shrinkage={shrinkage}: it must be above 0 and at most 1')
         if not 0 <= own <= 1: raise ValueError(f'own={own}: it must lie between 0 and 1')
-        self.shrinkage, self.own, self.scatters, self.freedoms, self.centroids, self.kept = shrinkage, own, [], [], [], []
+        self.shrinkage, self.own = shrinkage, own
+        self.scatters, self.freedoms = [], [] # of each task: (F, F) sum of squares, degrees of freedom
+        self.centroids, self.kept = [], [] # (centroids, F); held-out features (n, F)
 
-    def fit(self, features, # (N, F) of the next task's training images
-            labels=None, # (N,): one centroid per class instead of one
-            texts=None): # not used
-        "Add the next task; closed form, the earlier tasks' centroids stay"
-        x, (fit, held) = features.double(), self.split(features)
-        y = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
-        classes, y = y[fit].unique(return_inverse=True)
-        mu = torch.stack([x[fit][y == c].mean(0) for c in range(len(classes))]) # (centroids, F)
-        r = x[fit] - mu[y]
-        self.scatters, self.freedoms = [*self.scatters, r.T @ r], [*self.freedoms, max(1, len(r) - len(mu))]
-        self.centroids, self.kept, self.n_tasks = [*self.centroids, mu], [*self.kept, x[held]], self.n_tasks + 1
-        self.whiten()
-        return self
+# %% ../../nbs/5_select/03_gaussian.ipynb #b0c86489
+@patch
+def fit(self:Gaussian,
+    features:Tensor, # (N, F) of the next task's training images
+    labels:Tensor|None=None, # (N,): one centroid per class instead of one
+    texts:Tensor|None=None, # not used
+):
+    "Add the next task; closed form, the earlier tasks' centroids stay."
+    x, (fit, held) = features.double(), self.split(features)
+    y = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
+    classes, y = y[fit].unique(return_inverse=True)
+    mu = torch.stack([x[fit][y == c].mean(0) for c in range(len(classes))]) # (centroids, F)
+    r = x[fit] - mu[y]
+    self.scatters = [*self.scatters, r.T @ r]
+    self.freedoms = [*self.freedoms, max(1, len(r) - len(mu))]
+    self.centroids = [*self.centroids, mu]
+    self.kept = [*self.kept, x[held]]
+    self.n_tasks += 1
+    self.whiten()
+    return self
 
 # %% ../../nbs/5_select/03_gaussian.ipynb #e8c11489
 @patch
 def whiten(self:Gaussian):
-    "Sigma's Cholesky factor for each task, and with them the thresholds of all tasks"
+    "Sigma's Cholesky factor for each task, and with them the thresholds of all tasks."
     S, m = sum(self.scatters)/sum(self.freedoms), self.own # (F, F)
-    self.factors = [cholesky((1 - m)*S + m*St/n, self.shrinkage) for St, n in zip(self.scatters, self.freedoms)]
-    self.thresholds = torch.stack([self.distance(t, h).quantile(self.quantile) for t, h in enumerate(self.kept)]).clamp(min=1e-12)
+    mixed = [(1 - m)*S + m*St/n for St, n in zip(self.scatters, self.freedoms)]
+    self.factors = [cholesky(M, self.shrinkage) for M in mixed]
+    units = [self.distance(t, x).quantile(self.quantile) for t, x in enumerate(self.kept)]
+    self.thresholds = torch.stack(units).clamp(min=1e-12)
 
 @patch
-def distance(self:Gaussian, t, features)->torch.Tensor: # (N,)
-    "Mahalanobis distance to the nearest centroid of task t"
-    x, mu = (torch.linalg.solve_triangular(self.factors[t], v.double().T, upper=False).T for v in (features, self.centroids[t]))
-    return torch.cdist(x, mu).min(dim=1).values
+def distance(self:Gaussian,
+    t:int, # a task
+    features:Tensor, # (N, F)
+)->Tensor: # (N,)
+    "Mahalanobis distance to the nearest centroid of task `t`."
+    def whitened(v): return torch.linalg.solve_triangular(self.factors[t], v.double().T, upper=False).T
+    return torch.cdist(whitened(features), whitened(self.centroids[t])).min(dim=1).values
 
+# %% ../../nbs/5_select/03_gaussian.ipynb #9ee5d722
 @patch
-def distances(self:Gaussian, features)->torch.Tensor: # (N, tasks)
-    "Mahalanobis distance to the nearest centroid of each task"
+def distances(self:Gaussian, features:Tensor)->Tensor: # (N, tasks)
+    "Mahalanobis distance to the nearest centroid of each task."
     return torch.stack([self.distance(t, features) for t in range(self.n_tasks)], dim=1)
 
 @patch(as_prop=True)
 def n_parameters(self:Gaussian)->int:
-    "Numbers that deciding needs: centroids, covariances, thresholds"
+    "Numbers that deciding needs: centroids, covariances, thresholds."
     F = self.centroids[0].shape[1] if self.centroids else 0
-    return sum(mu.numel() for mu in self.centroids) + (self.n_tasks if self.own else 1)*F*(F + 1)//2 + self.n_tasks
+    matrices = self.n_tasks if self.own else 1
+    return sum(mu.numel() for mu in self.centroids) + matrices*F*(F + 1)//2 + self.n_tasks
 
 # %% ../../nbs/5_select/03_gaussian.ipynb #9ec3876c
-def cholesky(S, shrinkage):
-    "Lower factor of `S` shrunk towards its diagonal; a feature that never varied gets a very small variance"
+def cholesky(
+    S:Tensor, # (F, F)
+    shrinkage:float,
+)->Tensor: # (F, F)
+    "Lower factor of `S` shrunk towards its diagonal; a feature that never varied gets a very small variance."
     v = torch.where(S.diag() > 0, S.diag(), 1e-6*S.diag().mean() + 1e-12)
     return torch.linalg.cholesky((1 - shrinkage)*S + shrinkage*torch.diag(v))
 
 # %% ../../nbs/5_select/03_gaussian.ipynb #ea308a9a
 @patch
 def restore(self:Gaussian, state:dict):
-    "Continue from the `state` of another Gaussian with the same options"
+    "Continue from the `state` of another Gaussian with the same options."
     super(Gaussian, self).restore(state)
     if self.n_tasks: self.whiten()
     return self

@@ -8,50 +8,73 @@ __all__ = ['PROTOTYPES', 'TextSpace', 'distance']
 # %% ../../nbs/5_select/05_text_space.ipynb #435c22b6
 import torch
 from fastcore.basics import patch
+from torch import Tensor
 from torch.nn import functional as F
 from .accept import Fitted
 
 # %% ../../nbs/5_select/05_text_space.ipynb #38feec66
-PROTOTYPES = {'class': lambda w: w, 'mean': lambda w: F.normalize(w.mean(0, keepdim=True), dim=-1)} # (classes, d) -> (prototypes, d)
+PROTOTYPES = { # (classes, d) -> (prototypes, d)
+    'class': lambda w: w,
+    'mean': lambda w: F.normalize(w.mean(0, keepdim=True), dim=-1),
+}
 
 class TextSpace(Fitted):
-    "One minus the largest cosine to a task's text prototypes (CMAP, arXiv 2605.25708)"
+    "One minus the largest cosine to a task's text prototypes (CMAP, arXiv 2605.25708)."
     learned = ('n_tasks', 'thresholds', 'texts')
-    def __init__(self, quantile=.97, held_out=.2, seed=0, prototypes='class', most=2000):
+    def __init__(self,
+        quantile:float=.97,
+        held_out:float=.2,
+        seed:int=0,
+        prototypes:str='class', # a key of `PROTOTYPES`
+        most:int=2000,
+    ):
         super().__init__(quantile, held_out, seed, most)
-        if prototypes not in PROTOTYPES: raise ValueError(f'prototypes={prototypes!r}: choose one of {list(PROTOTYPES)}')
+        if prototypes not in PROTOTYPES:
+            raise ValueError(f'prototypes={prototypes!r}: choose one of {list(PROTOTYPES)}')
         self.prototypes, self.texts, self.thresholds = prototypes, [], torch.zeros(0)
 
-    def fit(self, features, # (N, F) of the next task's training images; the first d are the embedding
-            labels=None, # not used
-            texts=None): # (classes, d) frozen text embeddings of unit length
-        "Note the texts, and take the threshold; ValueError without texts"
-        if texts is None: raise ValueError('the text selector needs the text embeddings of the classes: fit(features, labels, texts)')
-        w, (_, held) = PROTOTYPES[self.prototypes](texts), self.split(features)
-        threshold = distance(features[held], w).quantile(self.quantile)
-        self.texts, self.thresholds, self.n_tasks = [*self.texts, w], torch.cat([self.thresholds, threshold[None]]), self.n_tasks + 1
-        return self
+# %% ../../nbs/5_select/05_text_space.ipynb #8b534274
+def distance(
+    features:Tensor, # (N, F)
+    w:Tensor, # (prototypes, d)
+)->Tensor: # (N,)
+    "One minus the largest cosine of the embedding, the first d features."
+    z = F.normalize(features[:, :w.shape[1]], dim=-1)
+    return 1 - (z @ w.T).max(dim=1).values
 
-def distance(features, # (N, F)
-             w # (prototypes, d)
-            )->torch.Tensor: # (N,)
-    "One minus the largest cosine of the embedding, the first d features"
-    return 1 - (F.normalize(features[:, :w.shape[1]], dim=-1) @ w.T).max(dim=1).values
+@patch
+def fit(self:TextSpace,
+    features:Tensor, # (N, F) of the next task's training images; the first d are the embedding
+    labels:Tensor|None=None, # not used
+    texts:Tensor|None=None, # (classes, d) frozen text embeddings of unit length
+):
+    "Note the texts, and take the threshold; ValueError without texts."
+    if texts is None:
+        raise ValueError('the text selector needs the text embeddings of the classes: fit(features, labels, texts)')
+    w, (_, held) = PROTOTYPES[self.prototypes](texts), self.split(features)
+    threshold = distance(features[held], w).quantile(self.quantile)
+    self.texts = [*self.texts, w]
+    self.thresholds = torch.cat([self.thresholds, threshold[None]])
+    self.n_tasks += 1
+    return self
 
 # %% ../../nbs/5_select/05_text_space.ipynb #3841e953
 @patch
-def distances(self:TextSpace, features)->torch.Tensor: # (N, tasks)
-    "One minus the largest cosine to each task's prototypes"
+def distances(self:TextSpace, features:Tensor)->Tensor: # (N, tasks)
+    "One minus the largest cosine to each task's prototypes."
     return torch.stack([distance(features, w) for w in self.texts], dim=1)
 
 @patch(as_prop=True)
 def n_parameters(self:TextSpace)->int:
-    "The thresholds; text embeddings follow from the names of the classes"
+    "The thresholds; text embeddings follow from the names of the classes."
     return self.n_tasks
 
 @patch
-def select(self:TextSpace, features, task=None)->torch.Tensor: # (N,) in -1 ... tasks - 1
-    "Of the tasks that accept an image, that with the largest cosine; -1 where none does"
+def select(self:TextSpace,
+    features:Tensor, # (N, F)
+    task:int|None=None, # not read
+)->Tensor: # (N,) in -1 ... tasks - 1
+    "Of the tasks that accept an image, that with the largest cosine; -1 where none does."
     if not self.n_tasks: return torch.full((len(features),), -1)
     d = self.distances(features)
     d, t = d.where(d <= self.thresholds, torch.inf).min(dim=1)

