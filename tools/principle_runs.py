@@ -3,7 +3,7 @@
     python tools/principle_runs.py                    # seeds 100 ... 104, about a minute each on one core
     python tools/principle_runs.py --seeds 0 --tasks 1 --out principle_try.csv.gz
 
-What is measured: nbs/11_study/04_principle.ipynb. What is in the file is kept; a seed and method that is missing is
+What is measured: nbs/11_study/09_watch.ipynb. What is in the file is kept; a seed and method that is missing is
 trained, and added when it is through. One process per file."""
 import argparse
 import gzip
@@ -19,7 +19,7 @@ from moe_merge_nb.safe.files import replacing
 from moe_merge_nb.safe.provenance import provenance
 from moe_merge_nb.streams.mini import mini
 from moe_merge_nb.streams.tasks import first
-from moe_merge_nb.study.principle import watched
+from moe_merge_nb.study.watch import watched
 
 OUT = Path(__file__).parents[1]/'moe_merge_nb'/'data'/'measured'/'principle.csv.gz'
 COLUMNS = [
