@@ -9,6 +9,7 @@ from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.adapt import *
 from moe_merge_nb.learn.learner import *
 from moe_merge_nb.learn.settings import *

@@ -78,9 +78,7 @@ def look(self:Watch,
     return look_at(learner.model, images, labels, tokens=tokens, task=j)
 
 @patch
-def window(self:Watch,
-    learner:Learner,
-)->dict[Block, Tensor]: # (experts,) each
+def window(self:Watch, learner:Learner)->dict[Block, Tensor]: # (experts,) each
     "Selections since the last time."
     now = learner.counts()
     window, self.before = since(now, self.before), dict(now)
