@@ -3,7 +3,7 @@
     python tools/principle_runs.py                    # seeds 100 ... 104, about a minute each on one core
     python tools/principle_runs.py --seeds 0 --tasks 1 --out principle_try.csv.gz
 
-What is measured: nbs/11_study/09_watch.ipynb. What is in the file is kept; a seed and method that is missing is
+What is measured: nbs/11_study/07_watch.ipynb. What is in the file is kept; a seed and method that is missing is
 trained, and added when it is through. One process per file."""
 import argparse
 import gzip

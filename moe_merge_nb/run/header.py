@@ -102,13 +102,10 @@ ENTRIES = {
         scale=_NUMBER,
         dropout=_NUMBER,
         shared_init=(bool,),
-        gate=_TEXT,
         top_p=_NUMBER,
         shared_blocks=_WHOLE,
-        expert=_TEXT,
-        router=_TEXT,
-        mix=_TEXT,
-        options=_DICT),
+        options=_DICT,
+        **dict.fromkeys(('expert', 'router', 'gate', 'mix'), _TEXT)),
     'backbone': dict.fromkeys(('name', 'pretrained', 'sha256'), (str, _MAYBE)) | dict(config=(dict, _MAYBE)),
     'task': dict(name=_TEXT, classes=(list, _MAYBE), templates=(list, _MAYBE))}
 
