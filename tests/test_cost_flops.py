@@ -13,6 +13,7 @@ from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.adapt import *
 from moe_merge_nb.layer.mix import *
 from moe_merge_nb.learn.settings import *

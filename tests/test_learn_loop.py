@@ -23,7 +23,11 @@ from moe_merge_nb.merge.align import *
 from moe_merge_nb.layer.experts import *
 from moe_merge_nb.merge.combine import *
 from moe_merge_nb.merge.align import *
+from moe_merge_nb.layer.experts import *
+from moe_merge_nb.merge.combine import *
+from moe_merge_nb.merge.align import *
 from moe_merge_nb.merge.rule import *
+from moe_merge_nb.merge.start import *
 from moe_merge_nb.merge.start import *
 from moe_merge_nb.merge.start import *
 from moe_merge_nb.merge.start import *

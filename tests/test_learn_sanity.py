@@ -12,6 +12,7 @@ from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.adapt import *
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.train import train_task
