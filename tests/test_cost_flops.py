@@ -8,12 +8,6 @@ from torch import nn
 from moe_merge_nb.clip.backbone import *
 from moe_merge_nb.cost.flops import *
 from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.adapt import *
 from moe_merge_nb.layer.mix import *
 from moe_merge_nb.learn.settings import *

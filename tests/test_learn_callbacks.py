@@ -6,7 +6,6 @@ from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import *
 from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.adapt import *
 from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.learn.learner import *

@@ -7,12 +7,6 @@ import pytest, torch
 from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
-from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.adapt import *
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.train import train_task
