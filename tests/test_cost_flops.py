@@ -26,13 +26,13 @@ def test_demand_is_known_without_images():
 
 
 def test_the_published_parameter_count():
-    n = n_adapter_parameters(12*[768] + 12*[512], n_experts=22, rank=64, n_tasks=11)
+    n = n_adapter_parameters(VIT_B_16, Experts(n_experts=22, rank=64), n_tasks=11)
     assert n == dict(experts=43_625_472, routers=7_434_240)
     clip, _ = load_clip('pico', 'random')
     model = AdaptedCLIP(clip, n_experts=3, rank=4)
     for _ in range(2): model.add_task()
-    widths = [b.ln_2.normalized_shape[0] for blocks in towers(clip).values() for b in blocks]
-    assert sum(n_adapter_parameters(widths, 3, 4, 2).values()) == sum(p.numel() for p in model.moes.parameters())
+    count = n_adapter_parameters(widths(model.clip), model.settings, n_tasks=2)
+    assert sum(count.values()) == sum(p.numel() for p in model.moes.parameters())
 
 
 def test_a_frozen_block_needs_no_weight_gradients():

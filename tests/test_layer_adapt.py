@@ -128,8 +128,7 @@ def test_shared_blocks_have_one_expert_that_every_task_uses():
 
 
 def test_the_published_parameter_count():
-    vit_b_16 = [('image', i, 768) for i in range(12)] + [('text', i, 512) for i in range(12)]
-    assert n_adapter_parameters(vit_b_16, Experts(), 11) == {'experts': 43_625_472, 'routers': 7_434_240}
+    assert n_adapter_parameters(VIT_B_16, Experts(), 11) == {'experts': 43_625_472, 'routers': 7_434_240}
 
 
 def test_the_count_is_the_models():
