@@ -84,6 +84,6 @@ def test_what_no_other_process_can_import_is_refused_with_the_remedy():
     for change in (dict(merge=Merge(combine=lambda s, c, b: s[0])), dict(experts=Experts(gate=lambda h: h.softmax(1))),
                    dict(predict=lambda view: view.logits(-1))):
         with pytest.raises(ValueError, match='no other process can import.*my_parts.py'):
-            check_importable(Method('m', **change))
+            describe(toy_stream(2), Method('m', **change), seed=0, saved=True)
     from moe_merge_nb.merge.combine import usage_weighted
-    check_importable(Method('m', merge=Merge(combine=usage_weighted)))
+    describe(toy_stream(2), Method('m', merge=Merge(combine=usage_weighted)), seed=0, saved=True)

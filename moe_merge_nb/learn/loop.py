@@ -22,7 +22,7 @@ from .cache import Cache, digest
 from .views import STRATEGIES, row_name
 from .evaluate import Evaluation, evaluate
 from .features import class_embeddings
-from .method import Method, check, check_images, check_importable, check_words, describe
+from .method import Method, check, check_images, check_words, describe
 from .recover import SaveMiddle, continue_from, recovered, save_point
 from .results import Result
 
@@ -234,8 +234,8 @@ def run(
     check_images(stream, clip)
     check_words(stream, tokenizer)
     check(method, stream, accelerator)
-    if directory: check_importable(method)
-    plan, made = planned(describe(stream, method, seed), clip, config or {}, accelerator)
+    what = describe(stream, method, seed, saved=directory is not None)
+    plan, made = planned(what, clip, config or {}, accelerator)
     kept = dict(plan=plan, directory=directory, save_every=save_every, progress=progress)
     kept['cache'] = Cache(0 if method.tune == 'backbone' else cache_mb)  # a backbone that changes leaves nothing true
     if accelerator.device.type != 'cpu': clip = copy.deepcopy(clip).to(accelerator.device)

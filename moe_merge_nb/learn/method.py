@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Method', 'check_parts', 'choices', 'check_images', 'check_words', 'check', 'check_enough', 'check_kinds', 'build',
-           'callbacks', 'describe', 'check_importable']
+           'callbacks', 'describe']
 
 # %% ../../nbs/6_learn/05_method.ipynb #ac460c54
 import copy
@@ -163,9 +163,12 @@ def describe(
     stream:Stream,
     method:Method,
     seed:int,
+    saved:bool=False, # then another process must be able to import every function
 )->dict:
-    "What decides every number of a run."
+    "What decides every number of a run; ValueError names a function that could not be found again."
     found = choices(method)
+    for what, (name, registry) in found.items():
+        if saved and callable(name) and name not in registry.values(): importable_name(name, what)
     settings = {k: v for k, v in asdict(method).items() if k != 'name'}
     for part in ('baseline', 'head'):
         if settings[part]: settings[part] = dict(name=type(getattr(method, part)).__name__, **settings[part])
@@ -176,8 +179,3 @@ def describe(
         if settings[part]: settings[part] |= names
     about = dict(method=method.name, stream=stream.name, tasks=stream.names, seed=seed)
     return {**about, **stream.info, **settings, 'sources': sources({k: v for k, v in found.items() if v[0] != 'keep'})}
-
-def check_importable(method:Method):
-    "ValueError names a function that another process could not import again; asked where a run is to be saved."
-    for what, (name, registry) in choices(method).items():
-        if callable(name) and name not in registry.values(): importable_name(name, what)
