@@ -87,6 +87,7 @@ def make_router(
     "A new router: all that one task owns in a block."
     return made_part(settings, 'router', width=width, n_experts=settings.n_experts)
 
+# %% ../../nbs/3_layer/04_kinds.ipynb #368abcc6
 def make_gate(settings:Experts)->Callable[[Tensor], Tensor]: # logits (batch, experts) -> gates (batch, experts)
     "The gate with its numbers."
     gate, own = settings.part('gate'), settings.options.get('gate', {})
