@@ -90,3 +90,13 @@ def test_an_edited_part_is_another_run(here):
     (here/'my_parts.py').write_text(text.replace('t.abs().argmax', '(-t.abs()).argmax'))
     assert end(begin(how, 'run')) == 1
     assert "holds a run with another sources" in (here/'out.txt').read_text()
+
+@pytest.mark.parametrize('kind', ['experts.expert=gelu', 'experts.expert=norm', 'experts.router=mlp'])
+def test_other_kinds_of_this_package_merge_and_are_saved_resumed_and_shared(kind, here):
+    assert end(begin([kind], 'whole')) == 0, (here/'out.txt').read_text()
+    assert killed([kind], 'killed', here)
+    for name in LEFT: assert (here/'whole'/name).read_bytes() == (here/'killed'/name).read_bytes(), name
+    assert any(e['kind'] == 'merge' for e in load_result('whole').events)
+    model, x = load('whole').model, torch.randn(2, 3, 32, 32)
+    again = load(save(model, 'shared.safetensors', name='pico', pretrained='random')).model
+    assert torch.equal(again.encode_image(x, 1), model.encode_image(x, 1))
