@@ -2,7 +2,11 @@
 
 CI draws the same cases every time; `pytest --hypothesis-profile=hunt tests/test_fuzz.py` draws new ones,
 fifty times as many."""
+import ctypes
+import ctypes.util
+import gc
 import os
+import pytest
 from hypothesis import HealthCheck, settings
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -10,3 +14,12 @@ ALWAYS = dict(deadline=None, database=None, suppress_health_check=SLOW)
 settings.register_profile('ci', max_examples=30, derandomize=True, **ALWAYS)
 settings.register_profile('hunt', max_examples=2000, **ALWAYS)
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'ci'))
+
+
+@pytest.fixture(autouse=True, scope='module')
+def memory_is_given_back():
+    "What the tests of one file leave in memory is gone before the next."
+    yield
+    gc.collect()
+    trim = getattr(ctypes.CDLL(ctypes.util.find_library('c')), 'malloc_trim', None)     # glibc only
+    if trim: trim(0)
