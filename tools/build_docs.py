@@ -2,6 +2,7 @@
 
 The site is made by mkdocs-material: chapters as a tree, search, previous and next. Formulas become MathML on the way.
 A link that leads nowhere is an error."""
+import logging
 import re
 import shutil
 import sys
@@ -19,6 +20,7 @@ HIDDEN = {'hide', 'default_exp'}
 LINK = re.compile(r'\]\((?!https?:|#)([\w./-]+)\.ipynb(#[\w-]+)?\)') # between notebooks, relative
 OUTSIDE = re.compile(r'\]\((?!https?:|#)((?:\.\./)*)([\w./-]+?)/?\)') # of nbs/, relative
 FORMULA = re.compile(r'(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|(?<![\\\w$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])', re.S)
+SHIM = 'https://unpkg.com/iframe-worker/shim' # what mkdocs-material loads, and ours is in its place
 CHAPTERS = ('figures', 'run', 'safe', 'cost') # after the numbered ones
 
 def for_readers(
@@ -32,6 +34,9 @@ def for_readers(
         if 'hide_input' in c.directives_: c.metadata['tags'] = ['hide_input']
         if c.cell_type == 'markdown': c.source = LINK.sub(link, c.source)
     page = nbformat.reads(nb2str(nb), as_version=4)
+    for output in (o for c in page.cells for o in c.get('outputs', [])):
+        said = output.get('data', {})
+        if 'text/markdown' in said: said['text/markdown'] = LINK.sub(link, said['text/markdown'])
     page.metadata.language_info = {'name': 'python'}
     return TagRemovePreprocessor(enabled=True, remove_input_tags={'hide_input'}).preprocess(page, {})[0]
 
@@ -54,7 +59,8 @@ def mathml(found:re.Match)->str:
     "One of `FORMULA`: code stays as it is."
     code, display, inline = found.groups()
     if code: return code
-    return convert(display or inline, display='block' if display else 'inline')
+    if display: return f'\n\n<div>{convert(display.strip(), display="block")}</div>\n\n'
+    return f'<span>{convert(inline)}</span>' # in a span: a line may begin with it
 
 def for_site(
     cfg:Config,
@@ -104,11 +110,13 @@ def write_pages(
             (to.parent/name).parent.mkdir(parents=True, exist_ok=True)
             (to.parent/name).write_bytes(data)
     shutil.copytree(cfg.nbs_path/'images', out/'images', dirs_exist_ok=True)
+    shutil.copytree(cfg.config_path/'tools'/'site', out, dirs_exist_ok=True)
 
 def write_site(cfg:Config):
     "The site in _docs/; SystemExit where a link leads nowhere."
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
     source = cfg.config_path/'_proc'/'site'
     shutil.rmtree(source, ignore_errors=True)
     pages = sorted(nbglob(as_path=True))
@@ -118,6 +126,9 @@ def write_site(cfg:Config):
         nav=navigation(cfg, pages), strict=True)
     config.plugins.on_startup(command='build', dirty=False)
     build(config)
+    for page in cfg.doc_path.rglob('*.html'):
+        root = '../' * (len(page.relative_to(cfg.doc_path).parts) - 1)
+        page.write_text(page.read_text(encoding='utf-8').replace(SHIM, f'{root}worker.js'), encoding='utf-8')
 
 if __name__ == '__main__':
     cfg = get_config()
