@@ -58,15 +58,15 @@ FULL = ('finetune', 'lwf', 'wise_ft', 'zscl', 'icarl')
 MINI_FULL_LR = dict(finetune=5e-4, lwf=2e-4, wise_ft=5e-4, zscl=5e-4, icarl=2e-4)
 MINI_BASELINES = dict(lwf=LwF(), wise_ft=WiSEFT(), zscl=ZSCL(), icarl=ICaRL())
 MTIL_BASELINES = dict(
-    lwf=LwF(over='current'),
+    lwf=LwF(weight=1., over='current'),
     wise_ft=WiSEFT(alpha=.8),
-    icarl=ICaRL(memory_size=10_000),
-    zscl=ZSCL(every=100, l2=1., texts='teacher', reference='reference', n=10_000, batch=64),
+    icarl=ICaRL(memory_size=10_000, batch=64, rehearsal=0., teacher='zero_shot'),
+    zscl=ZSCL(weight=1., every=100, l2=1., texts='teacher', reference='reference', n=10_000, batch=64),
 )
 MINI_HEADS = dict(rail=Rail('primal'), rail_kernel=Rail('kernel'))
 MTIL_HEADS = dict(
-    rail=Rail('primal', width=15_000, fusion=.9),
-    rail_kernel=Rail('kernel', fusion=.9),
+    rail=Rail('primal', width=15_000, fusion=.8, variance=1/3),
+    rail_kernel=Rail('kernel', fusion=.8),
 )
 
 # %% ../../nbs/7_baselines/06_methods.ipynb #b643b65b

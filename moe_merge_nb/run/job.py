@@ -20,7 +20,7 @@ from ..safe.settings import must_be
 from ..learn.loop import run
 from ..learn.method import Method, check, check_images, check_words, describe
 from ..learn.results import Result
-from ..select.select import SELECTORS, selector_parameters
+from ..select.select import SELECTORS, selector_images, selector_parameters
 from ..learn.recover import NotThisRun, finished_result
 from .config import stream_function
 from ..streams.tasks import STREAMS, Stream
@@ -70,12 +70,15 @@ def parameters(
     "Trained and fitted numbers at the end of `stream`, from the shapes alone."
     if method.tune == 'backbone': # all of it but the temperature
         return dict(backbone=sum(p.numel() for p in clip.parameters()) - 1)
-    if not method.experts: return {}
+    if not method.experts and not method.head: return {}
     n_features = clip.visual.output_dim + 2 * clip.visual.transformer.width
     n_classes = [len(t.classes) for t in stream]
-    known = [s for s in method.selectors if s in SELECTORS]
-    fitted = {f'selector {s}': selector_parameters(s, n_features, n_classes) for s in known}
-    return n_adapter_parameters(widths(clip), method.experts, len(stream)) | fitted
+    known, n_images = [s for s in method.selectors if s in SELECTORS], [len(t.train) for t in stream]
+    fitted = {f'selector {s}': selector_parameters(s, n_features, n_classes, n_images) for s in known}
+    images = {f'images whose features {s} keeps': selector_images(s, n_images) for s in known}
+    kept = {name: n for name, n in images.items() if n}
+    experts = n_adapter_parameters(widths(clip), method.experts, len(stream)) if method.experts else {}
+    return experts | fitted | kept
 
 # %% ../../nbs/run/03_job.ipynb #cf2425e7
 def _seed(v): return type(v) is int and 0 <= v < 2**40
