@@ -36,7 +36,7 @@ test: install
 	$(PAGES) --folder_re 'nbs/(cost|figures)$$' --skip_file_re '^index'
 	$(PAGES) --folder_re 'nbs/run$$' --skip_file_re '^index'
 	$(PAGES) --folder_re 'nbs/safe$$' --skip_file_re '^index'
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lab: install
 	$(BIN)/jupyter lab nbs
