@@ -49,11 +49,19 @@ def rendered(
     text, resources = MarkdownExporter().from_notebook_node(page, about)
     return text, resources['outputs'] or {}
 
-def readme(cfg:Config)->str:
-    "README.md as the index notebook says it."
-    page = for_readers(cfg.nbs_path/cfg.readme_nb, r'](nbs/\1.ipynb\2)')
-    text, _ = rendered(page, 'README')
-    return re.sub(r'\n{3,}', '\n\n', text.replace('](../', '](').replace('](images/', '](nbs/images/')).strip() + '\n'
+def readme(cfg:Config)->tuple[str, dict[str, bytes]]:
+    "README.md as the index notebook says it, and its pictures."
+    text, pictures = rendered(for_readers(cfg.nbs_path/cfg.readme_nb, r'](nbs/\1.ipynb\2)'), 'README')
+    text = text.replace('](../', '](').replace('](images/', '](nbs/images/')
+    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', pictures
+
+def write_readme(cfg:Config):
+    "README.md and the folder README_files."
+    text, pictures = readme(cfg)
+    shutil.rmtree(cfg.config_path/'README_files', ignore_errors=True)
+    (cfg.config_path/'README_files').mkdir()
+    (cfg.config_path/'README.md').write_text(text, encoding='utf-8')
+    for name, data in pictures.items(): (cfg.config_path/name).write_bytes(data)
 
 def mathml(found:re.Match)->str:
     "One of `FORMULA`: code stays as it is."
@@ -132,5 +140,5 @@ def write_site(cfg:Config):
 
 if __name__ == '__main__':
     cfg = get_config()
-    (cfg.config_path/'README.md').write_text(readme(cfg), encoding='utf-8')
+    write_readme(cfg)
     if '--site' in sys.argv: write_site(cfg)
