@@ -106,7 +106,7 @@ CHANGES = {
     'the frozen model': lambda m: m.clip.visual.ln_post.weight.mul_(torch.linspace(.1, 3, 128)),
     'a number of the frozen model': lambda m: setattr(m.clip.visual.ln_post, 'eps', 1.),
     'a hook on the frozen model': lambda m: m.clip.transformer.resblocks[1].register_forward_hook(lambda *a: a[-1] * 3),
-    'a hook before the frozen model': lambda m: m.clip.visual.ln_post.register_forward_pre_hook(lambda m, a: (a[0].abs(),)),
+    'a hook before': lambda m: m.clip.visual.ln_post.register_forward_pre_hook(lambda m, a: (a[0].abs(),)),
 }
 
 @torch.no_grad()
@@ -198,6 +198,6 @@ def test_content_is_of_all_that_a_thing_holds():
     for a, b in equal: assert content(a) == content(b)
     model = model_of()
     assert versions(model) == versions(copy.deepcopy(model))
-    others = [(x, x.view(2, 3)), (x, x.double()), (scaled(2), scaled(3)), ([1, 2], [2, 1]), ((1,), [1]), (1, 1.), (1, True),
-              ({'a': 1}, {'a': 2}), (Cache(1), Cache(2)), ('1', 1), ([[1], 2], [[1, 2]]), (object(), object())]
-    for a, b in others[:-1]: assert content(a) != content(b)
+    others = [(x, x.view(2, 3)), (x, x.double()), (scaled(2), scaled(3)), ([1, 2], [2, 1]), ((1,), [1]), (1, 1.),
+              (1, True), ({'a': 1}, {'a': 2}), (Cache(1), Cache(2)), ('1', 1), ([[1], 2], [[1, 2]])]
+    for a, b in others: assert content(a) != content(b)

@@ -55,7 +55,7 @@ def test_the_second_task_is_judged_by_the_name(templates):
     matrix = evaluate(model, tokenizer, stream, {'oracle': Oracle()}, after='photo', **how).matrix
     for task in stream.names: assert by_name(matrix, task) == pytest.approx(found[task])
     assert found['sketch'] > 50                                                 # it was exactly 0
-    if templates[0] == templates[1]:                                            # then both spaces are the same three names
+    if templates[0] == templates[1]: # then both spaces are the same three names
         for task in stream.names: assert by_name(matrix, task) == by_name(matrix, task, 'oracle')
 
 def test_names_are_one_where_the_tokenizer_reads_them_as_one():

@@ -245,6 +245,7 @@ def test_the_control_looks_at_what_the_rule_would_merge_and_changes_nothing():
         if not j: protected = {k: set(v) for k, v in watch.merger.protected.items()}
     apart = run(stream, plain, 0, backbone, progress=False).adapters
     for k, v in apart.items(): assert torch.equal(v, model.moes.state_dict()[k])
-    targets = [r for r in watch.rows if r['who'] == 'target' and r['task'] == 'circles' and r['measure'] == 'share before']
+    rows = [r for r in watch.rows if r['task'] == 'circles' and r['measure'] == 'share before']
+    targets = [r for r in rows if r['who'] == 'target']
     assert protected and targets
     assert all(r['expert'] not in protected[r['tower'], r['block']] for r in targets)
