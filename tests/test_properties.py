@@ -412,7 +412,7 @@ def test_merges_come_in_order_and_none_after_the_limit(n, every, until):
     assert all(a < b for a, b in pairwise(when))
     assert all(1 <= i <= until * n for i in when)
     if every is None: assert len(when) == min(4, last)
-    else: assert when == [i for i in range(1, last + 1) if i % every == 0]
+    else: assert list(when) == [i for i in range(1, last + 1) if i % every == 0]
 
 @given(hnp.arrays(np.int64, st.integers(1, 12), elements=st.integers(0, 5)), st.data())
 def test_sources_are_used_and_the_target_is_no_source(counts, data):
@@ -561,13 +561,13 @@ def test_a_tree_is_read_as_it_was_written(tmp_path_factory, tree):
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 12), seeds)
 def test_batches_are_full_and_no_image_comes_twice_before_all_came_once(n, batch, iterations, seed):
-    order = batch_indices(n, batch, iterations, seed)
+    order = list(batch_indices(n, batch, iterations, seed))
     assert [len(b) for b in order] == [batch] * iterations
     flat = [i for b in order for i in b]
     for begin in range(0, len(flat), n):
         part = flat[begin:begin + n]
         assert len(set(part)) == len(part) and set(part) <= set(range(n))
-    assert order == batch_indices(n, batch, iterations, seed)
+    assert order == list(batch_indices(n, batch, iterations, seed))
 
 @given(st.integers(1, 300), st.data())
 def test_the_learning_rate_stays_between_0_and_its_peak_and_reaches_it(n, data):
