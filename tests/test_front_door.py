@@ -86,7 +86,8 @@ REFUSED = {
 def test_a_value_that_cannot_be_is_refused_by_name(line, monkeypatch):
     def trains(*args, **kwargs): raise AssertionError('it would have been trained')
     monkeypatch.setattr(jobs_page, 'run', trains)
-    with pytest.raises(UsageError) as e: job(composed(*(TINY if 'mini' not in line else ()), *line.split()), progress=False)
+    toy = () if 'mini' in line else TINY
+    with pytest.raises(UsageError) as e: job(composed(*toy, *line.split()), progress=False)
     assert REFUSED[line] in str(e.value) and '\n' not in str(e.value)
 
 def test_a_directory_that_is_a_file_or_cannot_be_written_is_one_line(typed, monkeypatch):
@@ -109,7 +110,9 @@ def test_a_precision_that_accelerate_was_told_of_is_one_line(typed, monkeypatch)
     finally: AcceleratorState._reset_state(reset_partial_state=True)
     assert code == 1 and 'Traceback' not in said and said.endswith('train.precision=bf16')
 
-@pytest.mark.parametrize('error', [MemoryError('Unable to allocate 8 TiB'), RuntimeError("can't allocate memory: 8 TB")])
+NO_MEMORY = [MemoryError('Unable to allocate 8 TiB'), RuntimeError("can't allocate memory: 8 TB")]
+
+@pytest.mark.parametrize('error', NO_MEMORY)
 def test_memory_that_is_not_there_is_one_line_with_a_remedy(error, monkeypatch):
     def fails(*args, **kwargs): raise error
     monkeypatch.setattr(jobs_page, 'run', fails)
@@ -125,7 +128,8 @@ def test_an_error_that_nobody_can_mend_keeps_its_traceback(monkeypatch):
 # ---- what works
 
 def test_a_tenth_of_the_iterations_is_warm_up_unless_said():
-    assert Train(iterations=10).n_warmup == 1 and Train(iterations=10, warmup=0).n_warmup == 0 and Train().n_warmup == 100
+    assert Train().n_warmup == 100
+    assert Train(iterations=10).n_warmup == 1 and Train(iterations=10, warmup=0).n_warmup == 0
     assert method_of(composed(*TINY, 'train.iterations=10')).train.n_warmup == 1
     assert method_of(composed('stream=mtil', 'shots=5')).train.n_warmup == 100
     with pytest.raises(ValueError, match='train.warmup is 11'): Train(iterations=10, warmup=11)
@@ -134,7 +138,7 @@ def test_a_tenth_of_the_iterations_is_warm_up_unless_said():
 def test_an_order_may_be_a_list_of_tasks():
     from moe_merge_nb.run.job import made
     from moe_merge_nb.streams.datasets import ORDERS
-    from moe_merge_nb.streams.tasks import named_order
+    from moe_merge_nb.streams.order import named_order
     stream = made(composed('order=[MNIST,DTD]').stream)
     assert stream.names == ['MNIST', 'DTD'] and stream.info['order'] == ['MNIST', 'DTD']
     assert named_order(['MNIST', 'DTD'], ORDERS) == ('MNIST', 'DTD') and named_order(2, ORDERS) == ORDERS[2]
@@ -146,7 +150,8 @@ def test_a_run_keeps_the_words_of_its_tasks_and_a_tracker_its_settings(tmp_path)
     result = job(composed(*FEW, 'method=moe', 'track=tensorboard'), str(tmp_path), False)
     kept = load(tmp_path).tasks
     assert [t.name for t in kept] == result.config['tasks']
-    assert kept[0].classes == ('red square', 'green square', 'blue square') and kept[0].templates[0] == 'a photo of a {}.'
+    assert tuple(kept[0].classes) == ('red square', 'green square', 'blue square')
+    assert kept[0].templates[0] == 'a photo of a {}.'
     assert load_result(tmp_path).config['stream_made']['n_tasks'] == 2
     logs = [EventAccumulator(str(p.parent)).Reload() for p in tmp_path.rglob('events.out*')]
     said = [t for log in logs for t in log.summary_metadata if 'session_start_info' in t]

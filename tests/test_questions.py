@@ -25,7 +25,8 @@ for arguments in json.loads(sys.argv[1]):
 loaded = [m for m in ('torch', 'open_clip', 'pandas', 'accelerate') if m in sys.modules]
 print(json.dumps(dict(said=said, loaded=loaded)))
 '''
-ASKED = [['--help'], ['--cfg', 'job', '--resolve', 'method=moe'], ['--version'], ['-sc', 'query=bash'], ['--cfg', 'hydra']]
+ASKED = [
+    ['--help'], ['--cfg', 'job', '--resolve', 'method=moe'], ['--version'], ['-sc', 'query=bash'], ['--cfg', 'hydra']]
 
 
 @pytest.fixture(scope='module')
@@ -118,14 +119,17 @@ def read(argument, sweep=False):
     found = OverridesParser.create().parse_override(as_text(argument, sweep)).value()
     return found.value if hasattr(found, 'value') else found
 
-@pytest.mark.parametrize('path', ['runs/moe/seed=0', 'my images [2020]', "it's", '2020', 'a,b', '[x]', 'null/x', 'a\\b\\', 'q(1)'])
+ODD = ['runs/moe/seed=0', 'my images [2020]', "it's", '2020', 'a,b', '[x]', 'null/x', 'a\\b\\', 'q(1)']
+
+@pytest.mark.parametrize('path', ODD)
 def test_a_path_is_text_whatever_is_in_it(path):
     for key in ('from', 'root', 'model.pretrained'): assert read(f'{key}={path}') == path
 
 def test_names_of_tasks_are_text_and_what_hydra_cannot_read_is_too():
     assert read('order=[2020,MNIST, true]') == ['2020', 'MNIST', 'true'] and read('order=1') == 1
     assert read('merge.combine=f(x') == 'f(x' and read('root=null') is None and read('seed=3') == 3
-    assert as_texts(['-m', 'root=A[b],C', 'order=[a,b],[b,a]']) == ['-m', "root='A[b]','C'", "order=['a','b'],['b','a']"]
+    swept = as_texts(['-m', 'root=A[b],C', 'order=[a,b],[b,a]'])
+    assert swept == ['-m', "root='A[b]','C'", "order=['a','b'],['b','a']"]
 
 def test_an_unknown_setting_is_named():
     with pytest.raises(HydraException, match='ranks'): told.settings_of(['experts.ranks=8'])
