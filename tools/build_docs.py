@@ -33,6 +33,8 @@ def for_readers(
     for c in nb.cells:
         if 'hide_input' in c.directives_: c.metadata['tags'] = ['hide_input']
         if c.cell_type == 'markdown': c.source = LINK.sub(link, c.source)
+        for data in [o['data'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]:
+            data['text/markdown'] = LINK.sub(link, ''.join(data['text/markdown']))
     page = nbformat.reads(nb2str(nb), as_version=4)
     for output in (o for c in page.cells for o in c.get('outputs', [])):
         said = output.get('data', {})
