@@ -20,6 +20,7 @@ from ..clip.encode import encode_text
 from .lwf import check_numbers, distil, distil_both_ways, features, frozen_copy
 from ..streams.tasks import Task, prompts
 from ..learn.learner import Callback, Learner, autocast
+from ..learn.sanity import check_features
 from ..learn.settings import Train
 from ..learn.train import class_logits
 
@@ -49,6 +50,8 @@ def exemplars(
     device, batches = clip.logit_scale.device, DataLoader(task.calibration, 128)
     z, y = zip(*((clip.encode_image(x.to(device)).float().cpu(), y) for x, y in batches))
     z, y = torch.cat(z), torch.cat(y)
+    said = f'task {task.name!r}, training images'
+    check_features(z, range(len(z)), task.calibration, clip, said=said)
     positions = [(y == c).nonzero().flatten() for c in range(len(task.classes))]
     return [i[herding(z[i], m)].tolist() for i in positions]
 

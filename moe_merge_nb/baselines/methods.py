@@ -32,7 +32,7 @@ class Protocol:
     baselines:dict[str, Any] # name -> what it adds to full fine-tuning
     heads:dict[str, Any] # name -> classifier on frozen features
 
-TRAIN = Train(iterations=150, batch=32, lr=1e-2, warmup=15)
+TRAIN = Train(iterations=150, batch=32, lr=1e-2)
 MINI_EXPERTS, MTIL_EXPERTS = Experts(rank=16), Experts(rank=64)
 STUDIED = ('oracle', 'gaussian', 'autoencoder', 'text') # selectors
 
@@ -77,11 +77,11 @@ def at_size(
     "A protocol for streams of real images."
     return Protocol(train, MTIL_EXPERTS, dict.fromkeys(FULL, full_lr), MTIL_BASELINES, MTIL_HEADS)
 
-SLOW = Train(iterations=1000, batch=64, warmup=100, workers=4)
+SLOW = Train(iterations=1000, batch=64, workers=4)
 PROTOCOLS = {
     'mini': Protocol(TRAIN, MINI_EXPERTS, MINI_FULL_LR, MINI_BASELINES, MINI_HEADS),
     'mtil': at_size(replace(SLOW, lr=MTIL_LR), MTIL_FULL_LR),
-    'mtil_few': at_size(replace(SLOW, iterations=500, lr=MTIL_FEW_LR), MTIL_FULL_LR),
+    'mtil_few': at_size(replace(SLOW, iterations=500, warmup=100, lr=MTIL_FEW_LR), MTIL_FULL_LR),
     'folder': at_size(replace(SLOW, lr=1e-3), 1e-5),
 }
 

@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from ..learn.views import View
+from ..learn.views import View, best_copy
 from ..learn.settings import Train
 from ..streams.tasks import Task
 
@@ -230,9 +230,10 @@ def predict(self:Rail, view:View)->Tensor: # (n, classes); the largest is the pr
     columns = known if view.task is None else slice(self.ends[view.task], self.ends[view.task + 1])
     p = view.logits(-1).double().softmax(1)
     scores = self.regression.scores(self.embedding(view.features), columns)
+    if view.columns is not None: scores = best_copy(scores, view.columns[columns])  # a name is one class
     mixed = (1 - self.fusion)*p + self.fusion*F.pad(scores, (0, p.shape[1] - scores.shape[1]))
     if view.task is not None: return mixed
-    return torch.where(p.argmax(1, keepdim=True) < columns.stop, mixed, p)
+    return torch.where(p.argmax(1, keepdim=True) < scores.shape[1], mixed, p)
 
 # %% ../../nbs/7_baselines/05_rail.ipynb #dd24c2df
 @patch

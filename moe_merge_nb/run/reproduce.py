@@ -10,7 +10,7 @@ import inspect
 from ..clip.backbone import load_clip
 from ..layer.kinds import Experts
 from ..learn.callbacks import FreezeMostUsed
-from .config import given, stream_function
+from .config import stream_function
 from ..baselines.icarl import ICaRL
 from ..learn.loop import run
 from ..baselines.lwf import LwF
@@ -31,11 +31,14 @@ def stream_of(
     **where, # arguments that no result holds, such as `root`
 )->Stream:
     "The stream of a result; ValueError for one that is not ours."
-    name = config.get('stream_from', config['stream'])
-    make, offered = stream_function(name), given(name)
-    options = {p: offered[p][0] if p in offered else p for p in inspect.signature(make).parameters}
-    known = {p: config[option] for p, option in options.items() if option in config}
-    return make(**known | where)
+    make = stream_function(config.get('stream_from', config['stream']))
+    said = config.get('stream_made') or {**config, 'seed': config.get('data_seed', 0)}  # runs of before have their info
+    parameters = inspect.signature(make).parameters
+    known = {p: said[p] for p in parameters if p in said}
+    known |= {p: v for p, v in where.items() if v is not None}
+    absent = [p.name for p in parameters.values() if p.default is p.empty and p.name not in known]
+    if absent: raise ValueError(f'{absent[0]} of the stream is not written down in this result: say {absent[0]}=...')
+    return make(**known)
 
 # %% ../../nbs/run/09_reproduce.ipynb #10114228
 def _part(said):
@@ -66,9 +69,10 @@ def again(
 )->Result:
     "Run a configuration again; ValueError if the backbone's weights are others."
     backbone = backbone or load_clip(config.get('model', 'pico'), config.get('pretrained'))
-    names = {k: config[k] for k in ('model', 'pretrained') if k in config}
+    names = {k: config[k] for k in ('model', 'pretrained', 'stream_from') if k in config}
+    about = {k: config[k] for k in ('stream_made', 'words') if k in config}
     method, stream = method_of(config), stream_of(config, **where)
-    result = run(stream, method, config['seed'], backbone, config=names, progress=False)
+    result = run(stream, method, config['seed'], backbone, config=names, about=about, progress=False)
     have, want = result.config['backbone_sha256'], config.get('backbone_sha256')
     if want in (None, have): return result
     raise ValueError(f'the weights of this backbone have the hash {have}, those of the result {want}: '

@@ -75,7 +75,7 @@ def rewrite_run(
     shared, config = load(directory, trust=True), load_result(directory).config
     model, tokenizer = shared.model, shared.tokenizer
     banks(model) # ValueError for kinds of experts or routers that rewrites do not know
-    stream = stream_of(config, **{k: v for k, v in where.items() if v is not None})
+    stream = stream_of(config, **where)
     small = changed(model, tokenizer, stream, rule, budget=budget, parts=parts)
     rows = pd.DataFrame({'before': last(model, tokenizer, stream), 'after': last(small, tokenizer, stream)})
     if recovery:
