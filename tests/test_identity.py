@@ -17,7 +17,11 @@ from moe_merge_nb.learn.loop import run
 from moe_merge_nb.learn.method import Method, describe
 from moe_merge_nb.learn.recover import NotThisRun
 from moe_merge_nb.run.job import UsageError, job
+from moe_merge_nb.learn.saved import load_result
+from moe_merge_nb.rewrites.reduce import load_banks
 from moe_merge_nb.run.options import composed
+from moe_merge_nb.run.reproduce import stream_of
+from moe_merge_nb.run.rewrite import rewrite_run
 from moe_merge_nb.safe import known
 from moe_merge_nb.safe.doors import own_modules, sources
 from moe_merge_nb.streams.folder import folder
@@ -277,3 +281,19 @@ def test_odd_file_names_are_known_and_missing_files_are_named(here):
     for f in odd: Path(f).write_text('x')
     assert known.file_digests(odd) == [hashlib.sha256(b'x').hexdigest()]*3 == known.file_digests(odd)
     with pytest.raises(ValueError, match='gone.bin cannot be read'): known.file_digests([*odd, 'gone.bin'])
+
+
+# ---- what is made of a run
+
+def test_a_run_is_not_rewritten_or_reproduced_on_other_data(here):
+    finished(*MERGE)
+    config = load_result('run').config
+    assert identity(stream_of(config)) == config['data_sha256']
+    with pytest.raises(ValueError, match="images or words of 'squares' are not those that the run saw"):
+        stream_of(config, seed=1)
+    with pytest.raises(ValueError, match='not those that the run saw'): rewrite_run('run', 'average', 2, seed=1)
+    rule = 'from moe_merge_nb.rewrites.group import average\ndef f(*a, **k): return average(*a, **k)\n'
+    (here/'mine.py').write_text(rule)
+    _, where = rewrite_run('run', 'mine.f', 2)
+    about = load_banks(where/'banks.safetensors')[1]
+    assert about['sources'] == {'mine.f': hashlib.sha256((here/'mine.py').read_bytes()).hexdigest()}

@@ -9,7 +9,8 @@ __all__ = ['check_numbers', 'changed', 'rewrite_run']
 from collections.abc import Callable
 from pathlib import Path
 import pandas as pd
-from ..rewrites.rules import SPLITS, rule_of
+from ..rewrites.rules import REWRITES, SPLITS, rule_of
+from ..safe.doors import sources
 from ..safe.files import replacing
 from ..safe.provenance import provenance
 from .reproduce import stream_of
@@ -56,6 +57,7 @@ def _about(model, small, run, **how):
     "What is kept beside the banks: what was done, and to what"
     return dict(
         **how,
+        sources=sources({'rewrite': (how['rule'], {**REWRITES, **SPLITS})}),
         parameters=n_expert_parameters(banks(small)),
         before=n_expert_parameters(banks(model)),
         run=run,
