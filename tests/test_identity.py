@@ -7,6 +7,7 @@ import sqlite3
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,8 @@ from moe_merge_nb.learn.method import Method, describe
 from moe_merge_nb.learn.recover import NotThisRun
 from moe_merge_nb.run.job import UsageError, job
 from moe_merge_nb.learn.saved import load_result
+from moe_merge_nb.merge.combine import COMBINE
+from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.rewrites.reduce import load_banks
 from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.reproduce import stream_of
@@ -297,3 +300,23 @@ def test_a_run_is_not_rewritten_or_reproduced_on_other_data(here):
     _, where = rewrite_run('run', 'mine.f', 2)
     about = load_banks(where/'banks.safetensors')[1]
     assert about['sources'] == {'mine.f': hashlib.sha256((here/'mine.py').read_bytes()).hexdigest()}
+
+def test_what_was_put_into_a_dictionary_counts_too(here):
+    (here/'r.py').write_text(RULE)
+    from r import f
+    with patch.dict(COMBINE, mine=f):
+        said = describe(toy_stream(1), Method('m', merge=Merge(combine='mine')), 0, True)['sources']
+        assert said == {'mine': hashlib.sha256(RULE.encode()).hexdigest()}
+        f.__module__ = '__main__'
+        with pytest.raises(ValueError, match='no other process can import'):
+            describe(toy_stream(1), Method('m', merge=Merge(combine='mine')), 0, True)
+
+def test_a_model_function_of_ones_own_counts_by_its_file(here):
+    text = 'from moe_merge_nb.clip.backbone import load_clip\ndef f(): return load_clip("pico", "random")\n'
+    own = 'method=zero_shot', 'model=m.f', 'image_size=32'
+    (here/'m.py').write_text(text)
+    first = finished(*own)
+    assert finished(*own).timings == first.timings
+    (here/'m.py').write_text(text.replace('"random"', '"random", 0'))
+    forget('m')
+    with pytest.raises(UsageError, match='another model_sources.m.f'): finished(*own)
