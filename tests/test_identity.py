@@ -3,8 +3,11 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import sqlite3
 import sys
+import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -278,6 +281,29 @@ def test_what_is_known_of_files_is_shared_killed_and_damaged_without_harm(here):
     store.unlink()
     store.mkdir()
     with pytest.warns(UserWarning, match='could not be kept'): assert again() == want
+
+def reader(files, slow=False):
+    "A process that reads all files: its number."
+    pid = os.fork()
+    if pid: return pid
+    known._AT_ONCE = 5
+    def digest(path):
+        if slow: time.sleep(.01)
+        return known.file_digest(path)
+    try: known.known(files, digest, 'sha256', known.store_in())
+    finally: os._exit(0)
+
+def test_several_processes_and_a_killed_one_leave_what_is_known_whole(here):
+    files = [f'{i}.bin' for i in range(200)]
+    for f in files: Path(f).write_text(f)
+    killed, others = reader(files, slow=True), [reader(files) for _ in range(3)]
+    time.sleep(.1)
+    os.kill(killed, signal.SIGKILL)
+    for pid in (killed, *others): os.waitpid(pid, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        found = known.known(files, lambda path: pytest.fail('it is known'), 'sha256', known.store_in())
+    assert [k.value for k in found.values()] == [hashlib.sha256(f.encode()).hexdigest() for f in files]
 
 def test_odd_file_names_are_known_and_missing_files_are_named(here):
     odd = [os.fsdecode(b'\xff.bin'), 'a\nb', '雪.bin']
