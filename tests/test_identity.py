@@ -3,10 +3,14 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import sqlite3
 import sys
+import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
@@ -18,6 +22,8 @@ from moe_merge_nb.learn.method import Method, describe
 from moe_merge_nb.learn.recover import NotThisRun
 from moe_merge_nb.run.job import UsageError, job
 from moe_merge_nb.learn.saved import load_result
+from moe_merge_nb.merge.combine import COMBINE
+from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.rewrites.reduce import load_banks
 from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.reproduce import stream_of
@@ -276,6 +282,29 @@ def test_what_is_known_of_files_is_shared_killed_and_damaged_without_harm(here):
     store.mkdir()
     with pytest.warns(UserWarning, match='could not be kept'): assert again() == want
 
+def reader(files, slow=False):
+    "A process that reads all files: its number."
+    pid = os.fork()
+    if pid: return pid
+    known._AT_ONCE = 5
+    def digest(path):
+        if slow: time.sleep(.01)
+        return known.file_digest(path)
+    try: known.known(files, digest, 'sha256', known.store_in())
+    finally: os._exit(0)
+
+def test_several_processes_and_a_killed_one_leave_what_is_known_whole(here):
+    files = [f'{i}.bin' for i in range(200)]
+    for f in files: Path(f).write_text(f)
+    killed, others = reader(files, slow=True), [reader(files) for _ in range(3)]
+    time.sleep(.1)
+    os.kill(killed, signal.SIGKILL)
+    for pid in (killed, *others): os.waitpid(pid, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        found = known.known(files, lambda path: pytest.fail('it is known'), 'sha256', known.store_in())
+    assert [k.value for k in found.values()] == [hashlib.sha256(f.encode()).hexdigest() for f in files]
+
 def test_odd_file_names_are_known_and_missing_files_are_named(here):
     odd = [os.fsdecode(b'\xff.bin'), 'a\nb', '雪.bin']
     for f in odd: Path(f).write_text('x')
@@ -297,3 +326,23 @@ def test_a_run_is_not_rewritten_or_reproduced_on_other_data(here):
     _, where = rewrite_run('run', 'mine.f', 2)
     about = load_banks(where/'banks.safetensors')[1]
     assert about['sources'] == {'mine.f': hashlib.sha256((here/'mine.py').read_bytes()).hexdigest()}
+
+def test_what_was_put_into_a_dictionary_counts_too(here):
+    (here/'r.py').write_text(RULE)
+    from r import f
+    with patch.dict(COMBINE, mine=f):
+        said = describe(toy_stream(1), Method('m', merge=Merge(combine='mine')), 0, True)['sources']
+        assert said == {'mine': hashlib.sha256(RULE.encode()).hexdigest()}
+        f.__module__ = '__main__'
+        with pytest.raises(ValueError, match='no other process can import'):
+            describe(toy_stream(1), Method('m', merge=Merge(combine='mine')), 0, True)
+
+def test_a_model_function_of_ones_own_counts_by_its_file(here):
+    text = 'from moe_merge_nb.clip.backbone import load_clip\ndef f(): return load_clip("pico", "random")\n'
+    own = 'method=zero_shot', 'model=m.f', 'image_size=32'
+    (here/'m.py').write_text(text)
+    first = finished(*own)
+    assert finished(*own).timings == first.timings
+    (here/'m.py').write_text(text.replace('"random"', '"random", 0'))
+    forget('m')
+    with pytest.raises(UsageError, match='another model_sources.m.f'): finished(*own)
