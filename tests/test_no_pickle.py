@@ -4,7 +4,7 @@ from pathlib import Path
 import moe_merge_nb
 
 ALLOWED = {
-    'theirs.py': {'torch.load'},  # other people's files, with weights_only=True: it builds tensors and calls nothing
+    'weights.py': {'torch.load'},  # other people's files, with weights_only=True: it builds tensors and calls nothing
     'pretrain.py': {'torch.load', 'torch.save'},  # its own files, weights_only=True too
     'miniature.py': {'pickle'},  # CIFAR's format, written for tests
 }
