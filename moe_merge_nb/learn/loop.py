@@ -97,7 +97,7 @@ def evaluate_all(
     task:Task, # trained last
 )->Evaluation:
     "Fit to `task`, then evaluate all tasks."
-    workers, spaces = r.method.train.workers, r.method.classes
+    workers, spaces = r.method.train.n_workers, r.method.classes
     predict = r.head.predict if r.head else resolve(r.method.predict, STRATEGIES, 'predict')
     with r.stop.now():
         fit(r, task, workers)

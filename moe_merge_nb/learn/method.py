@@ -197,7 +197,9 @@ def check_found_again(
 ):
     "ValueError names what another process could not import, or not tell from what has the same name."
     for what, (name, registry) in found.items():
-        if callable(name) and name not in registry.values(): importable_name(name, what)
+        function = None if name == 'keep' else resolve(name, registry, what)
+        here = module_of(function) == '__main__' # also where it was put into a dictionary
+        if here or callable(name) and name not in registry.values(): importable_name(function, what)
     for what, (kind, _) in kinds.items():
         if source_digest(kind): continue
         raise ValueError(f'{what} is a {called(kind)}, which is in no file: a run with it could not be told from '

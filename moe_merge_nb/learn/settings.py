@@ -7,6 +7,7 @@ __all__ = ['PRECISIONS', 'positive', 'fraction', 'rates', 'pair', 'Train', 'lr_f
 
 # %% ../../nbs/6_learn/01_settings.ipynb #e7bfe1d1
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,12 @@ class Train:
     def n_warmup(self)->int:
         "Iterations of warm-up."
         return self.iterations // 10 if self.warmup is None else self.warmup
+
+    @property
+    def n_workers(self)->int:
+        "Processes that load images here: more than there are cores would only be in each other's way."
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        return min(self.workers, cores)
 
     def lr_of(self, task:str)->float:
         "The peak learning rate of the task with this name."

@@ -217,7 +217,7 @@ def whole_task(
     model.train()
     for c in callbacks: c.before_task(learner)
     pin = learner.tokens.device.type == 'cuda'
-    known = dict(first=first, workers=learner.settings.workers, pin=pin)
+    known = dict(first=first, workers=learner.settings.n_workers, pin=pin)
     loading = iter(loader(batches, batches_of(learner, seed), **known))         # draws a random number
     if saved: resume(learner, saved, callbacks)
     schedule(learner)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+import open_clip
 import pandas as pd
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from hydra_zen import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from ..layer.adapt import n_adapter_parameters, widths
+from ..safe.doors import sources
 from ..safe.guard import InUse
 from ..safe.settings import must_be
 from ..learn.loop import run
@@ -170,6 +172,11 @@ def _stream_from(cfg):
     ours = name in [f'{f.__module__}.{f.__qualname__}' for f in map(stream_function, STREAMS)]
     return {} if ours else dict(stream_from=name)
 
+def _model_from(name):
+    "What the files of a model function of one's own hold"
+    ours = '.' not in name or name in open_clip.list_models()
+    return {} if ours else dict(model_sources=sources({'model': (name, {})}))
+
 def _about(cfg, stream):
     "What decides no number: how to make the stream again, and how its classes are called"
     how = OmegaConf.to_container(cfg.stream, resolve=True)
@@ -197,6 +204,7 @@ def _job(cfg, directory, progress):
     method, stream = method_of(cfg), made(cfg.stream)
     model = OmegaConf.to_container(cfg.model, resolve=True)
     config = dict(model=model['name'], pretrained=model['pretrained'], **_stream_from(cfg))
+    config |= _model_from(model['name'])
     torch.set_num_threads(cfg.threads)
     devices, backbone = accelerator(cfg.device, cfg.track, directory), made(cfg.model)
     _check_together(method, stream, backbone, devices)

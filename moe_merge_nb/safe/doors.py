@@ -13,6 +13,7 @@ import pkgutil
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -89,7 +90,9 @@ def module_digest(
 # %% ../../nbs/safe/08_doors.ipynb #e51046a4
 def module_of(function:Callable)->str:
     "The name of the module that a function or class, or the kind of another thing, is written in."
-    return (function if hasattr(function, '__qualname__') else type(function)).__module__
+    while isinstance(function, partial): function = function.func
+    named = function if hasattr(function, '__qualname__') else type(function)
+    return getattr(named, '__module__', None) or 'builtins'
 
 def source_digest(
     function:Callable,
@@ -156,8 +159,9 @@ def sources(
     parts:Mapping[str, tuple[str|Callable, Mapping]], # setting -> its value and the registry of its kind
 )->dict[str, str|None]: # function, or module of one's own that it needs -> digest
     "The functions of one's own among `parts`, and what their files hold; ValueError for one that is not found."
-    own = {written(name, registry): resolve(name, registry, what)
-           for what, (name, registry) in parts.items() if written(name, registry) not in registry}
+    found = {written(name, registry): (resolve(name, registry, what), registry)
+             for what, (name, registry) in parts.items()}
+    own = {n: f for n, (f, registry) in found.items() if n not in registry or is_own(module_of(f))}
     said = {name: source_digest(function) for name, function in own.items()}
     there = {module_of(function) for function in own.values()}
     roots = there | {name.replace(':', '.').rpartition('.')[0] for name in own}
