@@ -14,7 +14,7 @@ help:
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make study   run the study again: does merging help? (about 220 runs of 2 minutes on one core each; finished runs are kept)"
 	@echo "make measure run every other measurement again (an estimate: 90 minutes on two cores; finished runs are kept)"
-	@echo "make docs   README.md and one HTML page per notebook in _docs/"
+	@echo "make docs   README.md and the site of all pages in _docs/"
 	@echo "make clean  remove what these commands made (not your runs)"
 
 install: .venv/installed
@@ -36,7 +36,7 @@ test: install
 	$(PAGES) --folder_re 'nbs/(cost|figures)$$' --skip_file_re '^index'
 	$(PAGES) --folder_re 'nbs/run$$' --skip_file_re '^index'
 	$(PAGES) --folder_re 'nbs/safe$$' --skip_file_re '^index'
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lab: install
 	$(BIN)/jupyter lab nbs

@@ -47,7 +47,7 @@ def task_arithmetic(states, counts, base):
 
 SERVER = '''
 import json, os, sys
-from moe_merge_nb.run import cli
+from moe_merge_nb.run import cli, command
 for line in sys.stdin:
     what, value, cwd = json.loads(line)
     if what == 'wait': print(os.waitstatus_to_exitcode(os.waitpid(value, 0)[1]), flush=True)

@@ -118,13 +118,13 @@ def test_what_is_known_is_not_computed_again():
     images, asked, cache = stack(toy_stream(1)[0].test)[0], [], Cache()
     cache.look(model)
     for rows in ([2, 0, 5], [0, 1, 2], [5, 5]):
-        z, = cache.get('image', images, 0, torch.tensor(rows), images_of(model, images, 0, asked))
+        z, = cache.get('image', 'toy', 0, torch.tensor(rows), images_of(model, images, 0, asked))
         with torch.no_grad(): by_hand = model.encode_image(images[rows], 0)
         torch.testing.assert_close(z, by_hand, rtol=1e-4, atol=1e-4)
     assert asked == [[0, 2, 5], [1]]
     cache.look(model)
-    cache.get('image', images, 1, torch.tensor([0]), images_of(model, images, 1, asked))
-    cache.get('image', images.clone(), 0, torch.tensor([0]), images_of(model, images, 0, asked))
+    cache.get('image', 'toy', 1, torch.tensor([0]), images_of(model, images, 1, asked))
+    cache.get('image', 'other', 0, torch.tensor([0]), images_of(model, images, 0, asked))
     assert asked[2:] == [[0], [0]]                                  # other routers; another dataset
 
 
@@ -134,12 +134,12 @@ def test_a_changed_expert_costs_exactly_the_images_that_use_it():
     for e in (1, 9, 14, 20):
         cache, asked = Cache(), []
         cache.look(model)
-        z, = cache.get('image', images, 0, everyone, images_of(model, images, 0))
+        z, = cache.get('image', 'toy', 0, everyone, images_of(model, images, 0))
         uses = next(iter(cache.rows.values())).uses
         expert = model.moes[e // E].experts[e % E]
         write(expert, {n: t + .1 for n, t in read(expert).items()})
         cache.look(model)
-        now, = cache.get('image', images, 0, everyone, images_of(model, images, 0, asked))
+        now, = cache.get('image', 'toy', 0, everyone, images_of(model, images, 0, asked))
         mine = uses[:, e].nonzero().flatten().tolist()
         assert asked == ([mine] if mine else []) and torch.equal(now[~uses[:, e]], z[~uses[:, e]])
         with torch.no_grad(): by_hand = model.encode_image(images, 0)
@@ -150,11 +150,11 @@ def test_a_changed_router_costs_all_images_of_its_task():
     model, _ = toy_model()
     images, asked, cache = stack(toy_stream(1)[0].test)[0], [], Cache()
     cache.look(model)
-    for s in (0, 1): cache.get('image', images, s, torch.arange(4), images_of(model, images, s))
+    for s in (0, 1): cache.get('image', 'toy', s, torch.arange(4), images_of(model, images, s))
     model.moes[2].routers[1].gate.data[0, 0] += 1
     model.add_task()                                                # a new task changes nothing for the others
     cache.look(model)
-    for s in (0, 1): cache.get('image', images, s, torch.arange(4), images_of(model, images, s, asked))
+    for s in (0, 1): cache.get('image', 'toy', s, torch.arange(4), images_of(model, images, s, asked))
     assert asked == [[0, 1, 2, 3]] and len(cache.rows) == 2
 
 
@@ -162,7 +162,7 @@ def test_plain_clip_outlives_everything_but_clip():
     model, _ = toy_model()
     cache, forget = Cache(), torch.zeros(1, 0, dtype=torch.bool)
     def ask():
-        x, = cache.get('image', model, -1, torch.tensor([0]), compute=lambda i: ((torch.rand(1),), forget))
+        x, = cache.get('image', 'toy', -1, torch.tensor([0]), compute=lambda i: ((torch.rand(1),), forget))
         return x.item()
     cache.look(model)
     first = ask()
@@ -181,12 +181,12 @@ def test_another_model_gate_or_mixture_hits_nothing():
         cache, other = Cache(), toy_model()[0]
         cache.look(other)
         def compute(i): return (torch.zeros(1),), torch.zeros(1, 24, dtype=torch.bool)
-        for s in (-1, 0): cache.get('image', images, s, torch.tensor([0]), compute=compute)
+        for s in (-1, 0): cache.get('image', 'toy', s, torch.tensor([0]), compute=compute)
         change(other, cache)
         return len(cache.rows)
     images = object()
     assert again(lambda m, c: c.look(m)) == 2
-    assert again(lambda m, c: c.look(toy_model(seed=1)[0])) == 0
+    assert again(lambda m, c: c.look(toy_model(seed=1)[0])) == 1         # of the same CLIP
     assert again(lambda m, c: c.look(toy_model(n_experts=4)[0])) == 0
     def gate(m, c):
         m.moes[1].gate = lambda h: h.softmax(-1)
@@ -205,7 +205,7 @@ def test_memory_is_bounded_and_can_be_switched_off():
         for n in range(4):
             cache.look(model)
             for s in (0, 1, 0):
-                z, = cache.get('image', images, s, everyone[n:n + 12], images_of(model, images, s))
+                z, = cache.get('image', 'toy', s, everyone[n:n + 12], images_of(model, images, s))
                 with torch.no_grad(): by_hand = model.encode_image(images[n:n + 12], s)
                 torch.testing.assert_close(z, by_hand, rtol=1e-4, atol=1e-4)
                 assert cache.nbytes <= mb*1e6

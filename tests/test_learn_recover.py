@@ -81,15 +81,16 @@ def test_a_checkpoint_of_another_version_is_not_continued():
         with pytest.raises(NotThisRun, match='a checkpoint of another version of this package'): read_checkpoint(d, PLAN)
 
 
-def test_a_run_older_than_a_setting_did_what_is_now_its_default():
-    import tempfile
-    one, both = {**PLAN, 'classes': ['task']}, {**PLAN, 'classes': ['task', 'all']}
-    with tempfile.TemporaryDirectory() as d:
-        save(begun(d), middle=True) # PLAN knows no label spaces
-        assert read_checkpoint(d, one)['done'] == 0
-        says = r"another classes .\['task'\], not \['task', 'all'\]"
-        with pytest.raises(NotThisRun, match=says): read_checkpoint(d, both)
-    with pytest.raises(NotThisRun, match='another classes'): belongs(both, one, 'there')
+def test_all_that_differs_is_named_with_both_values():
+    there = dict(seed=0, train=dict(lr=.1, batch=8), data_sha256=dict(a='1' * 64, b='2' * 64), sources={})
+    now = {**there, 'train': dict(lr=.2, batch=8), 'data_sha256': dict(a='1' * 64, b='3' * 64), 'sources': {'r.f': 'x'}}
+    belongs(there, there, 'here')
+    with pytest.raises(NotThisRun) as e: belongs(there, now, 'here')
+    said = str(e.value)
+    assert said.startswith('here holds a run with another train.lr (0.1, not 0.2), another data_sha256.b (')
+    assert "222' ..., not" not in said and "another sources.r.f (nothing, not 'x')" in said and 'batch' not in said
+    with pytest.raises(NotThisRun, match='an earlier version, which did not write down what images'):
+        belongs(dict(seed=0), now, 'here')
 
 
 def test_a_damaged_result_is_an_error_unless_there_is_a_checkpoint():

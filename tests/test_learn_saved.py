@@ -22,7 +22,7 @@ def test_a_saved_run_comes_back_the_same():
 def test_a_bad_file_is_named():
     with tempfile.TemporaryDirectory() as tmp:
         d = save_result(example_result(), f'{tmp}/run')
-        (d/'sha256.json').unlink() # as in directories of earlier versions
+        (d/'sha256.json').unlink() # otherwise they would find all of it
         (d/'events.jsonl').write_text('{"kind": "merge", ')
         with pytest.raises(ValueError, match='events.jsonl cannot be read'): load_result(d)
         (d/'events.jsonl').write_text('')
@@ -50,7 +50,9 @@ def test_a_changed_file_is_noticed_and_named():
         (d/'sha256.json').write_text('[]')
         with pytest.raises(ValueError, match='sha256.json cannot be read'): load_result(d)
         (d/'sha256.json').unlink()
-        pd.testing.assert_frame_equal(load_result(d).matrix, whole.matrix) # a directory of an earlier version
+        with pytest.raises(ValueError, match='sha256.json is missing'): load_result(d, checked=True)
+        with pytest.warns(UserWarning, match='sha256.json is missing'): unchecked = load_result(d)
+        pd.testing.assert_frame_equal(unchecked.matrix, whole.matrix)
         r.adapters = None
         assert load_result(save_result(r, d), adapters=True).adapters is None # another result's do not stay
 

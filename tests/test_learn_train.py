@@ -157,6 +157,6 @@ def test_a_loss_that_is_no_number_stops_the_task_before_the_step():
                 'for the images .[0-9, ]*. of its training set')
         with pytest.raises(FloatingPointError, match=said) as e:
             train_task(model, toy_stream()[0], 0, tokenizer, settings=quick, callbacks=[Explode(value), watch])
-        assert str(batch_indices(48, 8, 12, 0)[3]) in str(e.value)
+        assert str(list(batch_indices(48, 8, 12, 0))[3]) in str(e.value)
         assert same(watch.kept[0], watch.last)
         assert all(map(torch.equal, model.parameters(), watch.kept[1]))

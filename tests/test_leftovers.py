@@ -13,7 +13,7 @@ from moe_merge_nb.learn.method import Method
 from moe_merge_nb.learn.recover import CHECKPOINT
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.safe.checkpoint import write_tree
-from moe_merge_nb.safe.files import check_writable, read_text, replacing, write_text
+from moe_merge_nb.safe.files import check_writable, keep_newest, read_text, replacing, write_text
 from moe_merge_nb.safe.guard import LOCK, OWNER, locked, owner
 from moe_merge_nb.streams import mini as page
 from moe_merge_nb.streams.images import saved_few_shot
@@ -71,6 +71,14 @@ def test_a_finished_run_keeps_no_checkpoint(tmp_path):
     for name in (CHECKPOINT, 'checkpoint.before.safetensors'): write_tree(dict(a=1), tmp_path/name)
     assert len(run(toy_stream(1), QUICK, directory=tmp_path, progress=False).matrix) == 1
     assert [p.name for p in tmp_path.glob('checkpoint*')] == []
+
+def test_a_cache_keeps_the_files_that_were_written_last(tmp_path):
+    for i in range(5):
+        (tmp_path/f'mini-{i}.npz').touch()
+        os.utime(tmp_path/f'mini-{i}.npz', (100 - i, 100 - i))
+    (tmp_path/'other.npz').touch()
+    keep_newest(tmp_path, 'mini-*.npz', 2)
+    assert everything(tmp_path) == ['mini-0.npz', 'mini-1.npz', 'other.npz']
 
 def test_the_drawn_images_of_a_ninth_seed_take_the_place_of_the_first(tmp_path):
     for seed in range(10):

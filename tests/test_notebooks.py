@@ -42,7 +42,10 @@ def test_the_readme_is_what_the_index_notebook_says(monkeypatch):
     from nbdev.config import get_config
     monkeypatch.syspath_prepend(str(ROOT/'tools'))
     from build_docs import readme
-    assert readme(get_config()) == (ROOT/'README.md').read_text(encoding='utf-8'), 'run tools/build_docs.py'
+    text, pictures = readme(get_config())
+    assert text == (ROOT/'README.md').read_text(encoding='utf-8'), 'run tools/build_docs.py'
+    assert len(text.splitlines()) <= 150, 'what is longer belongs on a page'
+    for name, data in pictures.items(): assert (ROOT/name).read_bytes() == data, 'run tools/build_docs.py'
 
 @pytest.mark.parametrize('nb', NBS, ids=lambda p: p.stem)
 def test_links_between_notebooks_lead_somewhere(nb):

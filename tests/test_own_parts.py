@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from moe_merge_nb.learn.saved import load_result
-from moe_merge_nb.run import cli
+from moe_merge_nb.run import cli, command
 from moe_merge_nb.run.share import load, save
 from test_extend import FUNCTIONS, MODULES, SELECTOR
 

@@ -105,7 +105,7 @@ def test_stored_parameters_are_those_of_the_factors():
     moe.add_task()
     one = bank(moe)
     L, R = low_rank(torch.randn(16, 128))
-    assert n_stored_parameters([one]) == 2 * (2 * (L.numel() + R.numel()) + 4*128 + 32*16 + 16 + 128)
+    assert n_stored_parameters([one]) == 2 * (2 * (L.numel() + R.numel()) + 4*129 + 32*17 + 16 + 128)
     assert n_stored_parameters([one], ratio=0., keep=1.) == n_expert_parameters([one])
 
 

@@ -7,7 +7,7 @@ from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import Expert, many, read, write
 from moe_merge_nb.merge.rule import Merge, merge_once
-from moe_merge_nb.merge.combine import mean
+from moe_merge_nb.merge.combine import Where, mean
 from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.moe import MoE
 from moe_merge_nb.rewrites.bank import bank
@@ -57,7 +57,7 @@ def test_ties_of_task_vectors_that_agree_is_the_mean():
 def test_dare_keeps_the_task_vector_in_expectation():
     torch.manual_seed(0)
     tau = torch.randn(2, 50)
-    draws = torch.stack([dropped(tau, None, .3, seed) for seed in range(4000)])
+    draws = torch.stack([dropped(tau, .3, seed) for seed in range(4000)])
     error = (1 / .3 - 1)**.5 * tau.abs() / 4000**.5                                     # standard error of the mean
     assert ((draws.mean(0) - tau).abs() < 5 * error).all() and (draws.mean(0) - tau).abs().max() > 0
     assert ((draws == 0).double().mean() - .7).abs() < .01
@@ -73,7 +73,9 @@ def test_dare_is_seeded_and_leaves_the_random_state_alone():
         found = combine([a, b], torch.tensor([5, 3]), base)
         assert same(found, combine([a, b], torch.tensor([5, 3]), base))
         assert not same(found, combine([a, b], torch.tensor([5, 3]), base, seed=1))
-        assert not same(found, combine([a, b], torch.tensor([5, 4]), base))             # another merge, another mask
+        assert same(found, combine([a, b], torch.tensor([5, 4]), base))                 # usage decides nothing
+        for where in (Where('text'), Where(block=1), Where(task=0), Where(turn=1)):      # another merge, another mask
+            assert not same(found, combine([a, b], torch.tensor([5, 3]), base, where=where))
     assert torch.equal(before, torch.get_rng_state()) and (elsewhere == numpy.random.get_state()[1]).all()
 
 
@@ -117,7 +119,7 @@ def test_equal_to_peft():
         torch.testing.assert_close(task_vectors([state], base)[0], wanted, rtol=1e-5, atol=1e-5)
     equal(task_arithmetic(several, used, base), utils.task_arithmetic(list(tau), .4 * ones))
     for density in (.2, .5, .9): equal(ties(several, used, base, density=density), utils.ties(list(tau), ones, density))
-    masks = (dropped(torch.ones_like(tau), used, .5, 0) > 0).float()
+    masks = (dropped(torch.ones_like(tau), .5, 0) > 0).float()
     drawn = lambda: patch('torch.bernoulli', side_effect=list(masks))
     with drawn(): equal(dare(several, used, base), utils.dare_linear(list(tau), .4 * ones, .5))
     with drawn(): equal(dare_ties(several, used, base), utils.dare_ties(list(tau), ones, .5))

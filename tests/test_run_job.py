@@ -16,7 +16,7 @@ def test_the_published_number_of_parameters():
     from types import SimpleNamespace
     from moe_merge_nb.baselines.methods import method
     vitb16 = open_clip.create_model('ViT-B-16-quickgelu', pretrained=None, device='meta') # shapes without numbers
-    found = parameters(method('moe_merge', 'mtil'), vitb16, [SimpleNamespace(classes=range(100))] * 11)
+    found = parameters(method('moe_merge', 'mtil'), vitb16, [SimpleNamespace(classes=range(100), train=range(6000))] * 11)
     assert (found['experts'], found['routers']) == (43_625_472, 7_434_240)
     assert found['selector oracle'] == 0 < found['selector gaussian']
 

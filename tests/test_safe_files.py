@@ -56,24 +56,27 @@ def test_a_directory_that_vanished_is_made_again():
 def test_parts_of_killed_writers_are_removed():
     import tempfile
     with tempfile.TemporaryDirectory() as d:
-        for name, days in (('.a.txt.1.part', 2), ('.a.txt.2.part', 0), ('.b.txt.1.part', 2)):
-            Path(d, name).touch()
+        a, b, c = (part_of(Path(d, name)).name for name in ('a.txt', 'a.txt', 'b.txt'))
+        for name, days in ((a, 2), (b, 0), (c, 2), ('.mine.part', 2)):
+            Path(d, name).mkdir()
+            Path(d, name, '.tmpX').touch()
             then = Path(d, name).stat().st_mtime - 86_400 * days
             os.utime(Path(d, name), (then, then))
         write_text(f'{d}/a.txt', 'x')
-        assert sorted(os.listdir(d)) == ['.a.txt.2.part', '.b.txt.1.part', 'a.txt']
+        assert sorted(os.listdir(d)) == sorted([b, '.mine.part', 'a.txt'])
         sweep(Path(d), age=0)
-        assert os.listdir(d) == ['a.txt']
+        assert sorted(os.listdir(d)) == ['.mine.part', 'a.txt']
 
 
 def test_a_directory_that_cannot_be_written_to_is_found_out():
     import tempfile
     from unittest.mock import patch
-    def refused(*args): raise PermissionError(errno.EACCES, 'Permission denied')
-    says = 'probe cannot be written .Permission denied.; nothing was written'
+    def refused(*args, **kwargs): raise PermissionError(errno.EACCES, 'Permission denied')
     with tempfile.TemporaryDirectory() as d:
         check_writable(f'{d}/new')
         assert os.listdir(f'{d}/new') == []
-        with patch('os.replace', refused), pytest.raises(PermissionError, match=says): check_writable(d)
+        for made in ('pathlib.Path.mkdir', 'pathlib.Path.write_text'):
+            with patch(made, refused), pytest.raises(PermissionError, match=f'{d} cannot be written to .Permission denied'):
+                check_writable(d)
         Path(d, 'file').touch()
-        with pytest.raises(OSError, match='cannot be written'): check_writable(f'{d}/file')
+        with pytest.raises(OSError, match='file cannot be written to .File exists'): check_writable(f'{d}/file')

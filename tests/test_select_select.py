@@ -53,7 +53,7 @@ def test_the_number_of_parameters_is_known_beforehand():
     texts = torch.nn.functional.normalize(torch.randn(4, 6), dim=-1)
     for name in SELECTORS:
         s = make_selector(name).fit(f, y, texts).fit(f, y, texts)
-        assert s.n_parameters == selector_parameters(name, 10, [4, 4]), name
+        assert s.n_parameters == selector_parameters(name, 10, [4, 4], [40, 40]), name
 
 
 def test_the_decision_for_an_image_ignores_the_other_images():

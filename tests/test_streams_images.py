@@ -5,7 +5,7 @@ import io, json, os, pickle, struct, tempfile, warnings, zlib
 from pathlib import Path
 import numpy as np, open_clip, pytest, torch
 from PIL import Image
-from moe_merge_nb.streams.images import FORMATS, few_shot, open_image, saved_few_shot, train_transform
+from moe_merge_nb.streams.images import few_shot, open_image, readable, saved_few_shot, train_transform
 from moe_merge_nb.streams.images import test_transform as evaluation_transform
 
 PNG = b'\x89PNG\r\n\x1a\n'
@@ -35,7 +35,7 @@ def test_what_is_refused_is_named_with_the_reason():
         'line.png': (saved('PNG', Image.new('L', (1, 101))), '100 times'),
         'float.tif': (saved('TIFF', ones('float32')), '32-bit'),
         'int.tif': (saved('TIFF', ones('int32')), '32-bit')}
-    for kind in FORMATS:
+    for kind in readable():
         whole = saved(kind)
         bad |= {f'half.{kind}': (whole[:len(whole)//2], '.'), f'head.{kind}': (whole[:12], '.')}
     reasons = {name: reason for name, (_, reason) in bad.items()}

@@ -44,7 +44,7 @@ def test_the_second_call_reads_the_cache_and_gives_the_same_stream():
     def same(a, b, split): return torch.equal(getattr(a, split).images, getattr(b, split).images)
     with tempfile.TemporaryDirectory() as d:
         a, b = (mini(n_train=40, n_test=20, cache=d) for _ in range(2))
-        assert [p.name for p in Path(d).iterdir()] == ['mini-v2-seed0-40-20.npz']
+        assert [p.name for p in Path(d).iterdir()] == ['mini-v2-seed0-40-20.safetensors']
         c = mini(n_train=40, n_test=30, cache=d) # more test images
         other = mini(data_seed=1, n_train=40, n_test=20, cache=d)
     for ta, tb, tc, to in zip(a, b, c, other):
@@ -59,9 +59,9 @@ def test_a_damaged_cache_is_drawn_again():
         file, = Path(d).iterdir()
         content = file.read_bytes()
         flipped = content[:5001] + bytes(b ^ 255 for b in content[5001:5100]) + content[5100:]
-        for damage in (content[:len(content)//2], b'', b'no archive', flipped):
+        for damage in (content[:len(content)//2], b'', b'no tensors', flipped):
             file.write_bytes(damage)
-            b = mini(n_train=20, n_test=5, cache=d)
+            with pytest.warns(UserWarning, match='damaged.*It is drawn again'): b = mini(n_train=20, n_test=5, cache=d)
             assert all(torch.equal(x.train.images, y.train.images) for x, y in zip(a, b))
             assert file.stat().st_size == len(content)
         assert list(Path(d).iterdir()) == [file]

@@ -27,7 +27,7 @@ from moe_merge_nb.baselines.icarl import ICaRL
 from moe_merge_nb.baselines.lwf import LwF
 from moe_merge_nb.baselines.zscl import ZSCL
 from moe_merge_nb.clip.backbone import pico_tokenizer
-from moe_merge_nb.learn import loop, recover
+from moe_merge_nb.learn import loop, plan, recover
 from moe_merge_nb.learn.callbacks import FreezeMostUsed
 from moe_merge_nb.learn.method import Method
 from moe_merge_nb.learn.settings import Train
@@ -111,7 +111,7 @@ def watched(phase: Phase):
         phase.put(2, learner.index)
         phase.put(3, learner.iteration)
         step(self, learner)
-    loop.provenance = lambda device: {}                                         # a commit in the meantime is no fault
+    plan.provenance = lambda device: {}                                         # a commit in the meantime is no fault
     loop.train_task = phase.during(1, loop.train_task)
     loop.evaluate_all = phase.during(3, loop.evaluate_all)
     recover.save = phase.during(2, save_)

@@ -16,9 +16,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from ..safe.checkpoint import fill
 from ..safe.devices import split_batches
-from .lwf import check_numbers, distil, features, frozen_copy
+from ..clip.encode import encode_text
+from .lwf import check_numbers, distil, distil_both_ways, features, frozen_copy
 from ..streams.tasks import Task, prompts
-from ..learn.learner import Callback, Learner
+from ..learn.learner import Callback, Learner, autocast
+from ..learn.sanity import check_features
 from ..learn.settings import Train
 from ..learn.train import class_logits
 
@@ -48,6 +50,8 @@ def exemplars(
     device, batches = clip.logit_scale.device, DataLoader(task.calibration, 128)
     z, y = zip(*((clip.encode_image(x.to(device)).float().cpu(), y) for x, y in batches))
     z, y = torch.cat(z), torch.cat(y)
+    said = f'task {task.name!r}, training images'
+    check_features(z, range(len(z)), task.calibration, clip, said=said)
     positions = [(y == c).nonzero().flatten() for c in range(len(task.classes))]
     return [i[herding(z[i], m)].tolist() for i in positions]
 
@@ -64,8 +68,9 @@ class ICaRLRun:
     "What iCaRL remembers: the memory for the whole run, the rest while a task is learned."
     memory:list[list[list[int]]]=field(default_factory=list) # [task][class] -> positions in task.train
     known:list[tuple[int, int]]=field(default_factory=list) # (task, position) of every exemplar
-    teacher:nn.Module|None=None # the model before the task
+    teacher:nn.Module|None=None # the model before the task, or the zero-shot model
     tokens:Tensor|None=None # (classes, context) of the tasks seen
+    w:Tensor|None=None # (classes, d) the texts of the task by the zero-shot model
 
 # %% ../../nbs/7_baselines/04_icarl.ipynb #9149ccfb
 @dataclass(frozen=True)
@@ -76,8 +81,15 @@ class ICaRL(Callback):
     rehearsal:float=1. # beta, weight of their cross-entropy
     weight:float=1. # lambda, of the distillation
     temperature:float=2. # T
+    teacher:str='before' # the model before the task; 'zero_shot', over this task's prompts, as MTIL's authors
 
-    def __post_init__(self): check_numbers('icarl', self, memory_size=1, batch=1, rehearsal=0, weight=0)
+    def __post_init__(self):
+        check_numbers('icarl', self, memory_size=1, batch=1, rehearsal=0, weight=0)
+        if self.teacher not in ('before', 'zero_shot'):
+            raise ValueError(f"icarl.teacher is {self.teacher!r}: choose 'before' or 'zero_shot'")
+        if self.teacher == 'zero_shot' and self.rehearsal:
+            raise ValueError(f"icarl.rehearsal is {self.rehearsal}, but with teacher='zero_shot' exemplars are not "
+                             'classified: choose rehearsal=0')
 
     @cached_property
     def run(self)->ICaRLRun:
@@ -113,29 +125,34 @@ def per_class(self:ICaRL,
 
 # %% ../../nbs/7_baselines/04_icarl.ipynb #2c8c1960
 @patch
+@torch.no_grad()
 def before_task(self:ICaRL, learner:Learner):
     if not self.memory: return
-    run = self.run
-    run.teacher = frozen_copy(learner.model.clip)
-    run.tokens = torch.cat([learner.tokenizer(prompts(t)) for t in learner.seen]).to(learner.tokens.device)
+    run, device = self.run, learner.tokens.device
     run.known = [(t, i) for t, task in enumerate(self.memory) for chosen in task for i in chosen]
+    if self.teacher == 'zero_shot':
+        run.teacher, run.w = learner.clip, encode_text(learner.clip, learner.tokens).float()
+        return
+    run.teacher = frozen_copy(learner.model.clip)
+    run.tokens = torch.cat([learner.tokenizer(prompts(t)) for t in learner.seen]).to(device)
 
 @patch
 def after_task(self:ICaRL, learner:Learner):
     classes = sum(len(t.classes) for t in (*learner.seen, learner.task))
     m = self.per_class(classes, f'up to task {learner.task.name!r}')
     self.run.memory = shrunk(self.memory, m) + [exemplars(learner.model.clip, learner.task, m)]
-    self.run.teacher = self.run.tokens = None                                       # as large as the model
+    self.run.teacher = self.run.tokens = self.run.w = None                          # as large as the model
 
 @patch
-def snapshot(self:ICaRL)->dict: return dict(teacher=self.run.teacher.state_dict()) if self.memory else {}
+def snapshot(self:ICaRL)->dict:
+    return dict(teacher=self.run.teacher.state_dict()) if self.memory and self.teacher == 'before' else {}
 
 @patch
 def resume(self:ICaRL,
     learner:Learner,
     snapshot:dict,
 ):
-    if self.memory: fill(self.run.teacher, snapshot['teacher'], 'the teacher of this checkpoint')
+    if 'teacher' in snapshot: fill(self.run.teacher, snapshot['teacher'], 'the teacher of this checkpoint')
 
 # %% ../../nbs/7_baselines/04_icarl.ipynb #27696b4d
 @patch
@@ -154,13 +171,37 @@ def loss(self:ICaRL,
     images:Tensor, # (n, 3, H, W)
     labels:Tensor, # (n,)
 )->Tensor|None:
-    "Cross-entropy and distillation of the exemplars, each among the classes of its own task."
+    "What is added for the exemplars of this iteration; None without any."
     if not self.memory: return None
-    run, s, device = self.run, learner.settings, images.device
-    known, sizes = sorted(self.drawn(learner)), [len(t.classes) for t in learner.seen]
+    known = sorted(self.drawn(learner))
     x, y = zip(*(learner.seen[t].train[i] for t, i in known))
-    x, y = torch.stack(x).to(device), torch.tensor(y).to(device)
-    task = torch.tensor([t for t, _ in known]).to(device)
+    x, y, task = torch.stack(x), torch.tensor(y), torch.tensor([t for t, _ in known])
+    shown = x.to(images.device), y.to(images.device), task.to(images.device)
+    return self.zero_shot(learner, shown[0]) if self.teacher == 'zero_shot' else self.rehearse(learner, *shown)
+
+@patch
+def zero_shot(self:ICaRL,
+    learner:Learner,
+    x:Tensor, # (n, 3, H, W) exemplars
+)->Tensor:
+    "Distillation to the zero-shot model over the prompts of this task."
+    clip, w = learner.model.clip, self.run.w
+    with autocast(x.device, learner.settings.precision):
+        z = clip.encode_image(x).float()
+        with torch.no_grad(): z0 = self.run.teacher.encode_image(x).float()
+    now, before = (class_logits(f, w, clip.logit_scale) for f in (z, z0))
+    return self.weight * distil_both_ways(now, before, self.temperature)
+
+# %% ../../nbs/7_baselines/04_icarl.ipynb #37644daf
+@patch
+def rehearse(self:ICaRL,
+    learner:Learner,
+    x:Tensor, # (n, 3, H, W) exemplars
+    y:Tensor, # (n,) their classes
+    task:Tensor, # (n,) their tasks
+)->Tensor:
+    "Cross-entropy and distillation of the exemplars, each among the classes of its own task."
+    run, s, sizes = self.run, learner.settings, [len(t.classes) for t in learner.seen]
     both = lambda clip: class_logits(*features(clip, x, run.tokens, s.precision), clip.logit_scale)
     with torch.no_grad(): before = both(run.teacher).split(sizes, dim=1)
     now, total = both(learner.model.clip).split(sizes, dim=1), 0.

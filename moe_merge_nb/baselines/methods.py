@@ -32,7 +32,7 @@ class Protocol:
     baselines:dict[str, Any] # name -> what it adds to full fine-tuning
     heads:dict[str, Any] # name -> classifier on frozen features
 
-TRAIN = Train(iterations=150, batch=32, lr=1e-2, warmup=15)
+TRAIN = Train(iterations=150, batch=32, lr=1e-2)
 MINI_EXPERTS, MTIL_EXPERTS = Experts(rank=16), Experts(rank=64)
 STUDIED = ('oracle', 'gaussian', 'autoencoder', 'text') # selectors
 
@@ -58,15 +58,15 @@ FULL = ('finetune', 'lwf', 'wise_ft', 'zscl', 'icarl')
 MINI_FULL_LR = dict(finetune=5e-4, lwf=2e-4, wise_ft=5e-4, zscl=5e-4, icarl=2e-4)
 MINI_BASELINES = dict(lwf=LwF(), wise_ft=WiSEFT(), zscl=ZSCL(), icarl=ICaRL())
 MTIL_BASELINES = dict(
-    lwf=LwF(over='current'),
+    lwf=LwF(weight=1., over='current'),
     wise_ft=WiSEFT(alpha=.8),
-    icarl=ICaRL(memory_size=10_000),
-    zscl=ZSCL(every=100, l2=1., texts='teacher', reference='reference', n=10_000, batch=64),
+    icarl=ICaRL(memory_size=10_000, batch=64, rehearsal=0., teacher='zero_shot'),
+    zscl=ZSCL(weight=1., every=100, l2=1., texts='teacher', reference='reference', n=10_000, batch=64),
 )
 MINI_HEADS = dict(rail=Rail('primal'), rail_kernel=Rail('kernel'))
 MTIL_HEADS = dict(
-    rail=Rail('primal', width=15_000, fusion=.9),
-    rail_kernel=Rail('kernel', fusion=.9),
+    rail=Rail('primal', width=15_000, fusion=.8, variance=1/3),
+    rail_kernel=Rail('kernel', fusion=.8),
 )
 
 # %% ../../nbs/7_baselines/06_methods.ipynb #b643b65b
@@ -77,11 +77,11 @@ def at_size(
     "A protocol for streams of real images."
     return Protocol(train, MTIL_EXPERTS, dict.fromkeys(FULL, full_lr), MTIL_BASELINES, MTIL_HEADS)
 
-SLOW = Train(iterations=1000, batch=64, warmup=100, workers=4)
+SLOW = Train(iterations=1000, batch=64, workers=4)
 PROTOCOLS = {
     'mini': Protocol(TRAIN, MINI_EXPERTS, MINI_FULL_LR, MINI_BASELINES, MINI_HEADS),
     'mtil': at_size(replace(SLOW, lr=MTIL_LR), MTIL_FULL_LR),
-    'mtil_few': at_size(replace(SLOW, iterations=500, lr=MTIL_FEW_LR), MTIL_FULL_LR),
+    'mtil_few': at_size(replace(SLOW, iterations=500, warmup=100, lr=MTIL_FEW_LR), MTIL_FULL_LR),
     'folder': at_size(replace(SLOW, lr=1e-3), 1e-5),
 }
 

@@ -11,26 +11,28 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from ..learn.views import View
+from ..learn.views import View, best_copy
 from ..learn.settings import Train
 from ..streams.tasks import Task
 
 # %% ../../nbs/7_baselines/05_rail.ipynb #ad2375dd
 class Primal:
     "Ridge regression on relu(z R); keeps sums over images, never images."
+    n_images = 0 # whose features are kept
     def __init__(self,
         ridge:float=.1, # lambda
         width:int=2048, # p, of the random layer; 0: no such layer
         seed:int=0, # of the random layer
+        variance:float=1., # v: of its weights, times d
     ):
-        self.ridge, self.width, self.seed = ridge, width, seed
+        self.ridge, self.width, self.seed, self.variance = ridge, width, seed, variance
         self.G, self.B = torch.zeros(0, 0), torch.zeros(0, 0)
 
     def lift(self, z:Tensor)->Tensor: # (n, d) -> (n, p)
         "The random layer."
         if not self.width: return z
         g = torch.Generator().manual_seed(self.seed)
-        R = torch.randn(z.shape[1], self.width, generator=g, dtype=z.dtype)/z.shape[1]**.5
+        R = torch.randn(z.shape[1], self.width, generator=g, dtype=z.dtype)/(z.shape[1]/self.variance)**.5
         return (z @ R).relu()
 
 # %% ../../nbs/7_baselines/05_rail.ipynb #f81b7388
@@ -85,6 +87,7 @@ KERNELS = { # (n, d), (m, d) -> (n, m)
 
 class Dual:
     "Kernel ridge regression; keeps the features of every image."
+    n_images = 0 # whose features are kept
     def __init__(self,
         ridge:float=.001, # lambda
         kernel:str='rbf', # a name in `KERNELS`
@@ -109,7 +112,7 @@ def learn(self:Dual,
         M = torch.linalg.cholesky(K - S @ S.T)
         self.L = torch.cat([F.pad(self.L, (0, len(z))), torch.cat([S, M], 1)])
         self.X, self.y = torch.cat([self.X, z]), torch.cat([self.y, y])
-    self.tasks = [*self.tasks, (z, y, C)]
+    self.tasks, self.n_images = [*self.tasks, (z, y, C)], len(self.X)
     self.alpha = torch.cholesky_solve(F.one_hot(self.y, C).to(z), self.L) # (images, C)
 
 # %% ../../nbs/7_baselines/05_rail.ipynb #d10aa8ab
@@ -158,15 +161,16 @@ class Rail:
     kernel:str='rbf' # kernel: 'rbf' or 'linear'
     gamma:float=.1 # kernel: of 'rbf'
     most:int=20_000 # kernel: images kept
+    variance:float=1. # primal: v, of the random layer's weights, times d
+    n_parameters = property(lambda self: self.regression.n_kept) # numbers kept
+    n_images = property(lambda self: self.regression.n_images) # training images whose features are kept
 
     def __post_init__(self):
         check_head(self)
         self.ends, self.d = [0], 0 # classes up to each task; features used
         lam = RIDGE[self.kind] if self.ridge is None else self.ridge
-        self.regression = {
-            'primal': lambda: Primal(lam, self.width, self.seed),
-            'kernel': lambda: Dual(lam, self.kernel, self.gamma, self.most),
-        }[self.kind]()
+        primal = Primal(lam, self.width, self.seed, self.variance)
+        self.regression = primal if self.kind == 'primal' else Dual(lam, self.kernel, self.gamma, self.most)
 
 # %% ../../nbs/7_baselines/05_rail.ipynb #df7adc18
 RIDGE = {'primal': .1, 'kernel': .001} # lambda by kind
@@ -177,6 +181,7 @@ RULES = { # setting -> what it must be, in a function and in words
     'gamma': (lambda v: v > 0, 'above 0'),
     'fusion': (lambda v: 0 <= v <= 1, '0 (zero-shot) ... 1 (regression)'),
     'width': (lambda v: v >= 0, '0 (no random layer) or more'),
+    'variance': (lambda v: v > 0, 'above 0'),
 }
 
 def check_head(head:Rail):
@@ -225,16 +230,12 @@ def predict(self:Rail, view:View)->Tensor: # (n, classes); the largest is the pr
     columns = known if view.task is None else slice(self.ends[view.task], self.ends[view.task + 1])
     p = view.logits(-1).double().softmax(1)
     scores = self.regression.scores(self.embedding(view.features), columns)
+    if view.columns is not None: scores = best_copy(scores, view.columns[columns])  # a name is one class
     mixed = (1 - self.fusion)*p + self.fusion*F.pad(scores, (0, p.shape[1] - scores.shape[1]))
     if view.task is not None: return mixed
-    return torch.where(p.argmax(1, keepdim=True) < columns.stop, mixed, p)
+    return torch.where(p.argmax(1, keepdim=True) < scores.shape[1], mixed, p)
 
 # %% ../../nbs/7_baselines/05_rail.ipynb #dd24c2df
-@patch(as_prop=True)
-def n_parameters(self:Rail)->int:
-    "Numbers kept."
-    return self.regression.n_kept
-
 @patch
 def state(self:Rail)->dict:
     "What has been learned: numbers, tensors, lists."

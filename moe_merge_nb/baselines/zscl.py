@@ -21,7 +21,7 @@ from ..clip.encode import encode_text
 from ..streams.scenes import BACKGROUNDS
 from ..streams.draw import glyph, pictures
 from ..streams.images import open_image, test_transform
-from .lwf import check_numbers, distil, features
+from .lwf import check_numbers, distil_both_ways, features
 from ..streams.mini import DOMAINS
 from ..streams.tasks import Images, Task, normalise
 from ..learn.learner import Callback, Learner, autocast
@@ -210,7 +210,7 @@ def loss(self:ZSCL,
     labels:Tensor, # (n,)
 )->Tensor:
     "What is added to the cross-entropy; the batch depends on the run's seed and the iteration only."
-    run, clip, T = self.run, learner.model.clip, self.temperature
+    run, clip = self.run, learner.model.clip
     rng = np.random.default_rng([torch.initial_seed(), learner.iteration])
     i = torch.from_numpy(rng.choice(len(run.images), min(self.batch, len(run.images)), replace=False))
     x, k = normalise(run.images.images[i]).to(images.device), i.to(images.device)
@@ -221,4 +221,4 @@ def loss(self:ZSCL,
     s = class_logits(z, w, clip.logit_scale)                                        # (images, sentences)
     t = class_logits(run.z[k], run.w[j], clip.logit_scale)
     far = sum((p - q).square().sum() for p, q in zip(clip.parameters(), run.start)) if self.l2 else 0.
-    return self.weight * (distil(s, t, T) + distil(s.T, t.T, T)) + self.l2 * far
+    return self.weight * distil_both_ways(s, t, self.temperature) + self.l2 * far

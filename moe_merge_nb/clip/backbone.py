@@ -4,23 +4,31 @@
 
 # %% auto #0
 __all__ = ['PICO', 'OFFLINE', 'MODELS', 'pico_config', 'pico', 'pico_tokenizer', 'write_weights', 'read_weights', 'refuse',
-           'check_tower', 'towers', 'load_clip']
+           'check_tower', 'towers', 'reachable', 'offline_unless_reachable', 'load_clip']
 
 # %% ../../nbs/2_clip/01_backbone.ipynb #e5c0373b
 import json
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from huggingface_hub import constants
 import open_clip
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+from open_clip.factory import resize_pos_embed, resize_text_pos_embed
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from ..safe.doors import resolve
 from ..safe.files import replacing
+from .weights import plain_state, read_checkpoint
 
 # %% ../../nbs/2_clip/01_backbone.ipynb #2877fbb3
 PICO = files('moe_merge_nb')/'data'/'pico'  # configuration, merges and weights of pico
@@ -56,13 +64,14 @@ def write_weights(
 
 def read_weights(
     model:nn.Module, # receives the weights, in its own precision
-    path:str|Path, # a .safetensors file
+    path:str|Path, # a .safetensors, .pth or .pt file
+    fitted:Callable[[nn.Module, dict], dict]=lambda model, state: state, # adapts the tensors of older programs
 )->nn.Module: # `model`
     "Read all weights into `model`. ValueError names the file if it is damaged, or names or shapes differ."
-    try: state = {name: w.float() for name, w in load_file(str(path)).items()}
-    except SafetensorError as e: raise ValueError(f'{path} is no intact safetensors file: {e}') from e
-    try: model.load_state_dict(state, strict=True)
-    except RuntimeError as e: raise ValueError(f'{path} does not hold the weights of this model: {e}') from e
+    content = read_checkpoint(path)
+    try: model.load_state_dict(fitted(model, plain_state(content)), strict=True)
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f'{path} does not hold the weights of this model: {e}') from e
     return model
 
 # %% ../../nbs/2_clip/01_backbone.ipynb #f6e0bcc7
@@ -97,29 +106,60 @@ OFFLINE = """could not download the weights {tag!r} of {name} ({why}). Offline: 
 python -c "from open_clip.pretrained import *; print(download_pretrained(get_pretrained_cfg({name!r}, {tag!r})))"
 copy the file it names here, and pass its path as pretrained="""
 
+def reachable(
+    url:str,
+    seconds:float=5.,
+)->bool:
+    "Does anybody answer there?"
+    try: urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=seconds).close()
+    except urllib.error.HTTPError: return True
+    except OSError as e: return isinstance(getattr(e, 'reason', e), ssl.SSLError)
+    return True
+
+@contextmanager
+def offline_unless_reachable()->Iterator[None]:
+    "Inside, the Hub's client asks its cache only if nobody answers: else it tries again and again."
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not reachable(constants.ENDPOINT)
+    try: yield
+    finally: constants.HF_HUB_OFFLINE = before
+
 def _weights_file(name, pretrained):
-    "The local file of an open_clip model's weights, downloaded if `pretrained` is a tag"
-    if pretrained and Path(pretrained).is_file(): return str(pretrained)
+    "The local file of an open_clip model's weights, downloaded"
     tag = get_pretrained_cfg(name, pretrained or '')
     if not tag:
         tags = list_pretrained_tags_by_model(name)
         raise ValueError(f"pretrained={pretrained!r} is neither a file nor a tag of {name}; tags: {tags}; "
                          "'random' for random weights")
-    try: return download_pretrained(tag)
+    try:
+        with offline_unless_reachable(): return download_pretrained(tag)
     except Exception as e:
         raise ConnectionError(OFFLINE.format(tag=pretrained, name=name, why=type(e).__name__)) from e
 
 # %% ../../nbs/2_clip/01_backbone.ipynb #d9e86035
+def _as_open_clip(model, state):
+    "Tensors of other programs and resolutions, adapted as open_clip's own loader does."
+    state = {k: w for k, w in state.items() if isinstance(w, torch.Tensor)}
+    if 'logit_scale' in state: state['logit_scale'] = state['logit_scale'].reshape(model.logit_scale.shape)
+    resize_pos_embed(state, model)
+    resize_text_pos_embed(state, model)
+    return state
+
 def _open_clip(name, pretrained, seed):
     "An open_clip model by name, and its tokenizer"
     if name not in open_clip.list_models():
         raise ValueError(f"name={name!r} is neither 'pico' nor one of open_clip.list_models(), "
                          "for example 'ViT-B-16-quickgelu'")
-    weights = None if pretrained == 'random' else _weights_file(name, pretrained)
+    if 'hf_model_name' in open_clip.get_model_config(name)['text_cfg']: # a tower, or words, of another library
+        refuse(f'the text tower of {name} is one of the package transformers (pip install transformers)')
+    own = bool(pretrained) and Path(pretrained).is_file()
+    weights = None if own or pretrained == 'random' else _weights_file(name, pretrained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = open_clip.create_model(name, pretrained=weights)
-    return model, open_clip.get_tokenizer(name)
+    if own: read_weights(model, pretrained, _as_open_clip)
+    try: return model, open_clip.get_tokenizer(name)
+    except ImportError as e: refuse(f'the tokenizer of {name} needs a package: pip install {e.name}')
 
 # %% ../../nbs/2_clip/01_backbone.ipynb #9f505f62
 def load_clip(

@@ -34,8 +34,8 @@ def known_options(
 @dataclass(frozen=True)
 class Experts:
     "The mixtures of a model (defaults: MoE-Adapters, arXiv 2403.11549)."
-    n_experts:int = setting(22, whole(0)) # E, experts per block; 0: no mixtures, just the model
-    rank:int = setting(64, whole(1)) # r, neurons per expert
+    n_experts:int = setting(22, whole(0, 2**16)) # E, experts per block; 0: no mixtures, just the model
+    rank:int = setting(64, whole(1, 2**16)) # r, neurons per expert
     top_k:int = setting(2, whole(1)) # k, experts that run, for gates that take `k`
     scale:float = setting(.1, number('a finite number', lambda s: True)) # s, factor on every expert's output
     dropout:float = setting(.1, number('a probability from 0 to below 1', lambda p: 0 <= p < 1)) # in training

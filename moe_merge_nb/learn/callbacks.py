@@ -11,8 +11,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from ..layer.moe import Routing
+from ..layer.moe import MoE, Routing
 from .learner import Callback, Learner
+from ..merge.combine import choose
 from ..merge.freeze import close_routers, freeze_most_used, freeze_open
 from ..merge.rule import Merge, merge_iterations, merge_once
 from ..merge.start import start_merged
@@ -59,23 +60,23 @@ class MergeMostUsed(Callback):
         self.rule, self.protected = rule, {}                                    # experts of finished tasks per block
 
     def before_task(self, learner:Learner):
-        self.before, self.when = {}, set(merge_iterations(self.rule, learner.settings.iterations))
+        self.before, self.when = {}, merge_iterations(self.rule, learner.settings.iterations)
         if learner.resumed: return                                              # then the experts are as they were left
         x = tokens_read(learner) if self.rule.fit and self.rule.start != 'keep' else {}
         for moe in learner.model.moes:
             key = moe.tower, moe.block
-            event = start_merged(moe, self.rule, self.protected.get(key, set()), x.get(key))
+            event = start_merged(moe, self.rule, self.protected_in(key), x.get(key), task=learner.index)
             if event: learner.events.append(dict(task=learner.task.name, iteration=0, **event))
 
     def after_step(self, learner:Learner):
         if learner.iteration not in self.when: return
-        now = learner.counts()
-        window = since(now, self.before)
-        if self.rule.window == 'since_last': self.before = dict(now)
+        window = self.window(learner)
+        self.close_window(learner)
         x = tokens_read(learner) if self.rule.fit else {}
         for moe in learner.model.moes:
             key = moe.tower, moe.block
-            event = merge_once(moe, window[key], self.rule, protected=self.protected.get(key, set()), x=x.get(key))
+            how = dict(protected=self.protected_in(key), x=x.get(key))
+            event = merge_once(moe, window[key], self.rule, **how, task=learner.index, turn=learner.iteration)
             learner.events.append(dict(task=learner.task.name, iteration=learner.iteration, **event))
             if event['kind'] == 'merge' and self.rule.reset_optimizer:
                 for p in moe.experts[event['target']].parameters(): learner.optimizer.state.pop(p, None)
@@ -83,6 +84,33 @@ class MergeMostUsed(Callback):
     def after_task(self, learner:Learner):
         if not self.rule.protect: return
         for key, experts in evaluated_experts(learner).items(): self.protected.setdefault(key, set()).update(experts)
+
+# %% ../../nbs/6_learn/04_callbacks.ipynb #ba3aca0b
+@patch
+def window(self:MergeMostUsed, learner:Learner)->dict[Block, Tensor]: # (experts,) each
+    "The usage that counts now."
+    return since(learner.counts(), self.before)
+
+@patch
+def close_window(self:MergeMostUsed, learner:Learner):
+    "From now on the next merge counts, if the rule counts since the last one."
+    if self.rule.window == 'since_last': self.before = dict(learner.counts())
+
+@patch
+def protected_in(self:MergeMostUsed,
+    block:Block,
+)->set[int]:
+    "What must not be overwritten there."
+    return self.protected.get(block, set())
+
+@patch
+def choice(self:MergeMostUsed,
+    moe:MoE,
+    counts:Tensor, # (experts,) usage that counts
+)->tuple[list[int], int|None]: # sources, target: see `choose`
+    "What would be merged in this block."
+    how = dict(n_sources=self.rule.n_sources, frozen_sources=self.rule.frozen_sources)
+    return choose(counts, moe.frozen.cpu(), self.protected_in((moe.tower, moe.block)), **how)
 
 # %% ../../nbs/6_learn/04_callbacks.ipynb #3c0c2091
 @patch

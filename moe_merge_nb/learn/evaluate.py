@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from .cache import Cache
 from .features import Encoder
 from .views import (
-    LABEL_SPACES, View, all_logits, check_classes, cosine_logits, plain_pass, routed, row_name)
+    LABEL_SPACES, View, all_logits, check_classes, cosine_logits, one_per_name, plain_pass, routed, row_name)
+from ..merge.rule import RuleFailed
 from ..safe.devices import alone
 from ..safe.doors import called
 from ..streams.tasks import Stream, Task
@@ -48,6 +49,7 @@ def views_of(
     plain:dict[str, Tensor], # of `plain_pass`
     chosen:dict[str, Tensor], # selector -> (N,) its answers
     words:Callable[[int, int], Tensor], # task, s -> (classes, d)
+    columns:Tensor, # of `one_per_name`
 )->dict[str, tuple[Tensor, View]]: # label space -> index (n,), view
     "The images of task `i` for which some selector answered `s`, in each label space."
     task, model = stream[i], encoder.model
@@ -58,8 +60,8 @@ def views_of(
         if s < 0: return plain['logits'][index]
         return cosine_logits(model, z(s), encoder.classes(task, s))
     own = View(i, s, plain['features'][index], logits)
-    among_all = partial(all_logits, model=model, own=own, z=z, words=words, n_tasks=len(stream))
-    return dict(task=(index, own), all=(index, View(None, s, own.features, among_all)))
+    among_all = partial(all_logits, model=model, own=own, z=z, words=words, n_tasks=len(stream), columns=columns)
+    return dict(task=(index, own), all=(index, View(None, s, own.features, among_all, columns=columns)))
 
 # %% ../../nbs/6_learn/10_evaluate.ipynb #29a26c09
 def task_views(
@@ -69,12 +71,14 @@ def task_views(
     plain:dict[str, Tensor], # of `plain_pass`
     chosen:dict[str, Tensor], # selector -> (N,) its answers
     words:Callable[[int, int], Tensor]|None=None, # task, s -> (classes, d): what is known of classes already
+    columns:Tensor|None=None, # of `one_per_name`, if they are known
 )->dict[str, dict]: # label space -> {s: (index (n,), view)}
     "The images of task `i` grouped by what some selector answered, for each label space."
     words = words or (lambda t, s: encoder.classes(stream[t], s))
+    columns = one_per_name(stream, encoder.tokenizer) if columns is None else columns
     views = {space: {} for space in LABEL_SPACES}
     for s in torch.cat(list(chosen.values())).unique().tolist():
-        found = views_of(s, encoder, stream, i, plain=plain, chosen=chosen, words=words)
+        found = views_of(s, encoder, stream, i, plain=plain, chosen=chosen, words=words, columns=columns)
         for space, view in found.items(): views[space][s] = view
     return views
 
@@ -83,12 +87,12 @@ def predicted(
     predict:Callable[[View], Tensor], # view -> (n, classes)
     view:View, # n images
 )->Tensor: # (n,)
-    "The class with the largest value; ValueError where `predict` does not give one row of numbers per image."
+    "The class with the largest value; RuleFailed where `predict` does not give one row of numbers per image."
     found, n = predict(view), len(view.features)
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != n:
         what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f'predict={called(predict)} must return a tensor of shape ({n}, classes), got {what}')
-    if found.isnan().any(): raise ValueError(f'predict={called(predict)} returned NaN')
+        raise RuleFailed(f'predict={called(predict)} must return a tensor of shape ({n}, classes), got {what}')
+    if found.isnan().any(): raise RuleFailed(f'predict={called(predict)} returned NaN')
     return found.argmax(1)
 
 def answers(
@@ -98,11 +102,11 @@ def answers(
     task:int, # that the images belong to; only the oracle looks
     n_tasks:int,
 )->Tensor: # (N,) in -1 ... n_tasks - 1
-    "What the selector says; ValueError where that is not one task, or -1, per image."
+    "What the selector says; RuleFailed where that is not one task, or -1, per image."
     found = selector.select(features, task=task)
     fits = isinstance(found, Tensor) and found.shape == features.shape[:1] and not found.is_floating_point()
     if fits and (not len(found) or -1 <= found.min() and found.max() < n_tasks): return found
-    raise ValueError(f'selector {name!r} must answer -1 (plain CLIP) or a task from 0 to {n_tasks - 1} for each of '
+    raise RuleFailed(f'selector {name!r} must answer -1 (plain CLIP) or a task from 0 to {n_tasks - 1} for each of '
                      f'{len(features)} images, as a tensor of integers; it answered {str(found)[:60]}')
 
 # %% ../../nbs/6_learn/10_evaluate.ipynb #c46acd85
@@ -136,16 +140,16 @@ def task_counts(
     words:Callable[[int, int], Tensor], # task, s -> (classes, d)
 )->Tensor: # (label spaces, selectors, 2 + tasks), int64
     "`count_right` for test images of task `i`, in every label space."
-    plain, n_tasks = plain_pass(encoder, stream[i], index), len(stream)
-    features = plain['features']
+    plain, columns = plain_pass(encoder, stream[i], index), one_per_name(stream, encoder.tokenizer)
+    features, n_tasks = plain['features'], len(stream)
     chosen = {name: answers(name, s, features, task=i, n_tasks=n_tasks) for name, s in selectors.items()}
-    views = task_views(encoder, stream, i, plain=plain, chosen=chosen, words=words)
-    first = dict(task=0, all=sum(len(t.classes) for t in stream.tasks[:i])) # number of its first class
+    views = task_views(encoder, stream, i, plain=plain, chosen=chosen, words=words, columns=columns)
+    first = sum(len(t.classes) for t in stream.tasks[:i]) # number of its first class
+    labels = dict(task=plain['labels'], all=columns[first + plain['labels']])
     encoder.passes['images_naive'] += len(index)
     counts = []
     for space in classes:
-        labels = plain['labels'] + first[space]
-        counts.append(count_right(views[space], chosen, labels, n_tasks=n_tasks, predict=predict))
+        counts.append(count_right(views[space], chosen, labels[space], n_tasks=n_tasks, predict=predict))
     return torch.stack(counts)
 
 # %% ../../nbs/6_learn/10_evaluate.ipynb #6e14398b

@@ -7,6 +7,7 @@ __all__ = ['PRECISIONS', 'positive', 'fraction', 'rates', 'pair', 'Train', 'lr_f
 
 # %% ../../nbs/6_learn/01_settings.ipynb #e7bfe1d1
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +44,13 @@ def pair(
 class Train:
     "How a task is trained (defaults: MoE-Adapters, arXiv 2403.11549)."
     iterations:int=setting(1000, whole(1)) # per task
-    batch:int=setting(64, whole(1)) # images per iteration
+    batch:int=setting(64, whole(1, 2**20)) # images per iteration
     lr:float|dict[str, float]=setting(1e-3, rates) # peak learning rate; a dict: by name of the task
-    warmup:int=setting(100, whole(0)) # iterations of linear warm-up; then cosine to 0
-    label_smoothing:float=setting(.2, fraction)
-    weight_decay:float=setting(0., number('a number from 0 to below 1e6', lambda x: 0 <= x < 1e6))
-    betas:tuple[float, float]=setting((.9, .999), pair)
-    workers:int=setting(0, whole(0)) # processes that load images
+    warmup:int|None=setting(None, whole(0)) # iterations of linear warm-up, then cosine to 0; None: a tenth of all
+    label_smoothing:float=setting(.2, fraction) # of the labels in the loss
+    weight_decay:float=setting(0., number('a number from 0 to below 1e6', lambda x: 0 <= x < 1e6)) # of AdamW
+    betas:tuple[float, float]=setting((.9, .999), pair) # of AdamW
+    workers:int=setting(0, whole(0, 1024)) # processes that load images, at most one a core
     micro_batch:int|None=setting(None, whole(1)) # images per backward pass; None: the batch (or a process's share)
     precision:str=setting('fp32', one_of(PRECISIONS)) # of the towers' arithmetic
 
@@ -57,7 +58,19 @@ class Train:
         check_fields(self, 'train')
         n = self.iterations
         at_most = must_be(f'a whole number from 0 to {n} (train.iterations)', lambda w: w <= n)
-        at_most('train.warmup', self.warmup)
+        at_most('train.warmup', self.n_warmup)
+        object.__setattr__(self, 'betas', tuple(self.betas))
+
+    @property
+    def n_warmup(self)->int:
+        "Iterations of warm-up."
+        return self.iterations // 10 if self.warmup is None else self.warmup
+
+    @property
+    def n_workers(self)->int:
+        "Processes that load images here: more than there are cores would only be in each other's way."
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        return min(self.workers, cores)
 
     def lr_of(self, task:str)->float:
         "The peak learning rate of the task with this name."

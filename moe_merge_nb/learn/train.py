@@ -8,7 +8,8 @@ __all__ = ['class_logits', 'total_loss', 'encode_prompts', 'step', 'nonfinite_me
 
 # %% ../../nbs/6_learn/03_train.ipynb #ef6d5499
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from ..layer.adapt import AdaptedCLIP, trainable
 from .learner import Callback, Learner, autocast
+from .sanity import at_fault
 from .settings import Train, lr_factor
 from ..safe.batches import Batches, batch_indices, loader
 from ..safe.devices import alone, average_gradients, noise_of_the_whole, split_batches
@@ -85,7 +87,7 @@ def nonfinite_message(learner:Learner)->str:
     "What must be known to look into a loss that is no number."
     lr = learner.optimizer.param_groups[0]['lr']
     return (f'the loss is {learner.loss} in iteration {learner.iteration + 1} of task {learner.task.name!r}, '
-            f'at learning rate {lr:.3g}, for the images {learner.batch} of its training set; '
+            f'at learning rate {lr:.3g}, for the images {learner.batch} of its training set; {at_fault(learner)}'
             'the weights are those before this iteration: '
             'look at these images, or choose a smaller train.lr or a longer train.warmup')
 
@@ -166,18 +168,17 @@ def prepare(
 def schedule(learner:Learner):
     "The learning rate of the next iteration."
     s = learner.settings
-    lr = s.lr_of(learner.task.name) * lr_factor(learner.iteration, s.iterations, s.warmup)
+    lr = s.lr_of(learner.task.name) * lr_factor(learner.iteration, s.iterations, s.n_warmup)
     for group in learner.optimizer.param_groups: group['lr'] = lr
 
 def iterate(
     learner:Learner,
     loading:Iterable[tuple[Tensor, Tensor]], # images and labels of each iteration that is left
-    order:list[list[int]], # the images of each iteration
+    order:Iterable[list[int]], # and which images these are
     callbacks:Iterable[Callback],
 ):
     "All iterations that are left; where a loss is not finite, everything is as it was before that iteration."
-    for images, labels in loading:
-        learner.batch = order[learner.iteration]
+    for (images, labels), learner.batch in zip(loading, order):
         before = random_state(learner.tokens.device), dict(learner.usage.counts)
         try: step(learner, images, labels, learner.scaler, callbacks=callbacks)
         except FloatingPointError:
@@ -197,30 +198,32 @@ def place(accelerator:Accelerator|None)->tuple[int, int]: # number of this proce
 def batches_of(
     learner:Learner,
     seed:int,
-)->Batches:
-    "This process's part of all batches of the task."
-    s, images = learner.settings, learner.task.train
-    indices = batch_indices(len(images), s.batch, s.iterations, seed)
-    return Batches(images, split_batches(indices, learner.accelerator), seed, place(learner.accelerator)[0])
+)->Iterator[list[int]]:
+    "The images of this process's part of every batch of the task, drawn as they are needed."
+    s = learner.settings
+    for batch in batch_indices(len(learner.task.train), s.batch, s.iterations, seed):
+        yield from split_batches([batch], learner.accelerator)
 
 # %% ../../nbs/6_learn/03_train.ipynb #8afb8081
 def whole_task(
     learner:Learner,
-    batches:Batches,
+    seed:int, # of the order of images
     callbacks:Iterable[Callback],
     saved:dict|None, # a `snapshot` to go on from
 ):
     "From the first callback to the last."
     model, first = learner.model, saved['iteration'] if saved else 0
+    batches = Batches(learner.task.train, seed, place(learner.accelerator)[0])
     model.train()
     for c in callbacks: c.before_task(learner)
     pin = learner.tokens.device.type == 'cuda'
-    loading = iter(loader(batches, first, learner.settings.workers, pin)) # draws a random number
+    known = dict(first=first, workers=learner.settings.n_workers, pin=pin)
+    loading = iter(loader(batches, batches_of(learner, seed), **known))         # draws a random number
     if saved: resume(learner, saved, callbacks)
     schedule(learner)
     routers = [moe.routers[-1] for moe in model.moes if moe.tower == 'image']   # all processes have the same prompts
     with noise_of_the_whole(routers, *place(learner.accelerator)):
-        iterate(learner, loading, batches.indices, callbacks)
+        iterate(learner, loading, islice(batches_of(learner, seed), first, None), callbacks)
     model.eval()
     for c in callbacks: c.after_task(learner)
 
@@ -240,8 +243,7 @@ def train_task(
     "Train `task`; the random state of the caller is left as it was."
     known['resumed'] = saved is not None
     learner = prepare(model, task, index, tokenizer, settings=settings, tune=tune, **known)
-    batches = batches_of(learner, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        whole_task(learner, batches, callbacks, saved)
+        whole_task(learner, seed, callbacks, saved)
     return learner

@@ -35,6 +35,7 @@ class Bank:
     base:State|None=None # what all experts started from, with `shared_init`
     stored:int|None=None # numbers that need storing, where a rule has compressed the experts; None: all of them
     closed:Tensor|None=None # (tasks, columns) what a task's router never selects; None: no router is closed
+    frozen:Tensor|None=None # (P,) bool: experts that a finished task had frozen; None: none
 
     def __post_init__(self): check_bank(self)
 
@@ -47,6 +48,8 @@ def check_bank(b:Bank):
         raise ValueError(f'the bank of {where} has {n} experts, but {sizes} and always_on {tuple(b.always_on.shape)}')
     if b.column_to_expert.shape[0] != E:
         raise ValueError(f'the bank of {where} has {E} router columns, but {sizes}')
+    if b.frozen is not None and b.frozen.shape != (n,):
+        raise ValueError(f'the bank of {where} has {n} experts, but frozen is {tuple(b.frozen.shape)}')
     dead = (b.column_to_expert == 0).all(1)                                         # (columns,)
     if dead.all(): raise ValueError(f'every column of {where} is closed: leave one expert to select')
     if b.closed is None: return
@@ -122,7 +125,8 @@ def bank(
         scale=moe.experts[0].scale,
         base=on_cpu(moe.base) if moe.base else None,
         stored=moe.stored if rewritten else None,
-        closed=stack('closed') if any(r.closed.any() for r in moe.routers) else None)
+        closed=stack('closed') if any(r.closed.any() for r in moe.routers) else None,
+        frozen=moe.frozen.cpu().clone() if moe.frozen.any() else None)
 
 # %% ../../nbs/8_rewrites/01_bank.ipynb #befbddd7
 def layer(
@@ -139,6 +143,7 @@ def layer(
         moe.base = copy.deepcopy(moe.experts[0])
         write(moe.base, b.base)
     moe.rewrite(b)
+    if b.frozen is not None: moe.freeze(b.frozen.nonzero().flatten().tolist())
     return moe.requires_grad_(False).eval()
 
 def router_of(
@@ -178,7 +183,9 @@ def bind(
     to = torch.zeros(len(b.states), len(groups))                                    # (P, groups)
     for g, members in enumerate(groups): to[members, g] = 1
     if (to.sum(1) > 1).any(): raise ValueError(f'an expert is in two groups of {groups}')
-    return replace(b, states=states, column_to_expert=b.column_to_expert @ to, always_on=b.always_on @ to)
+    frozen = None if b.frozen is None else b.frozen.float() @ to > 0                # with any of its members
+    new = dict(column_to_expert=b.column_to_expert @ to, always_on=b.always_on @ to, frozen=frozen)
+    return replace(b, states=states, **new)
 
 def close(
     b:Bank,

@@ -95,7 +95,8 @@ def routed(
         gate = gate.clone()
         gate[..., kept] = b.gate @ to.to(gate)
     if router in ('add', 'close'): to = only
-    new = dict(column_to_expert=b.column_to_expert @ to, always_on=b.always_on @ to)
+    frozen = None if b.frozen is None else b.frozen.float() @ to > 0            # with neurons of any that was
+    new = dict(column_to_expert=b.column_to_expert @ to, always_on=b.always_on @ to, frozen=frozen)
     return replace(b, states=states, gate=gate, **new)
 
 # %% ../../nbs/8_rewrites/06_dern.ipynb #01c6a70e

@@ -8,12 +8,15 @@ __all__ = ['Rule', 'rewrite', 'dominant', 'join', 'to_leader', 'merge_groups', '
 
 # %% ../../nbs/8_rewrites/03_group.ipynb #e1f4e5f0
 from collections.abc import Callable
+from functools import partial
 import torch
 from torch import Tensor
 from ..layer.adapt import AdaptedCLIP
 from ..layer.experts import State
-from ..merge.combine import Combine, mean
+from ..merge.combine import Combine, Where, mean
 from ..merge.align import align
+from ..merge.rule import RuleFailed, check_state
+from ..safe.doors import accepted, called
 from ..layer.experts import balance
 from .bank import Bank, Rewritten, banks, bind, close, with_banks
 from .statistics import Statistics, routing_similarity
@@ -27,12 +30,17 @@ def rewrite(
     rule:Rule,
     budget:int, # experts per block that may be left, on average
 )->AdaptedCLIP:
-    "`model` with the experts that `rule` leaves."
+    "`model` with the experts that `rule` leaves; blocks with one expert for all tasks stay as they are."
     if any(isinstance(m, Rewritten) for m in model.moes):
         raise ValueError('this model was rewritten before: start from the trained one')
-    n = len(model.moes[0].experts) if model.moes else 0
+    n = max((len(m.experts) for m in model.moes), default=0)
     if not 1 <= budget <= n: raise ValueError(f'budget is {budget}: choose 1 ... {n} experts per block')
-    return with_banks(model, rule(banks(model), stats, budget))
+    if len(stats) != len(model.moes): raise ValueError(f'{len(stats)} statistics for {len(model.moes)} blocks')
+    new = banks(model)
+    wide = [i for i, b in enumerate(new) if len(b.states) > 1]
+    left = rule([new[i] for i in wide], [stats[i] for i in wide], budget) if wide else []
+    for i, b in zip(wide, left, strict=True): new[i] = b
+    return with_banks(model, new)
 
 # %% ../../nbs/8_rewrites/03_group.ipynb #ceb7118b
 def dominant(
@@ -78,12 +86,15 @@ def merge_groups(
     if len(counts) != len(b.states):
         raise ValueError(f'{len(counts)} counts for {len(b.states)} experts: '
                          'this bank was rewritten before, start from the trained one')
-    def merged(members):
+    def merged(turn, members):
         states = [b.states[e] for e in members]
         if len(members) == 1: return states[0]
-        if aligned: return combine(to_leader(states), counts[members], None)
-        return combine(states, counts[members], b.base)
-    return bind(b, groups, [merged(members) for members in groups])
+        where, base = Where(b.tower, b.block, turn=turn), None if aligned else b.base
+        told = accepted(combine, dict(where=where))
+        state = combine(to_leader(states) if aligned else states, counts[members], base, **told)
+        check_state(state, states[0], f'{called(getattr(combine, "func", combine))} ({where})')
+        return state
+    return bind(b, groups, [merged(*group) for group in enumerate(groups)])
 
 # %% ../../nbs/8_rewrites/03_group.ipynb #ecdaf228
 def usage(
@@ -108,7 +119,7 @@ def reduce_by(
     )->list[Bank]:
         used = [usage(s, score) for s in stats]
         groups = [join(k, routing_similarity(s)) for k, s in zip(dominant(used, budget), stats)]
-        by = lambda *group: combine(*group, **options)
+        by = partial(combine, **options)
         return [merge_groups(b, u, g, by, aligned=aligned) for b, u, g in zip(banks, used, groups)]
     return rule
 

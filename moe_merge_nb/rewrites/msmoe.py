@@ -145,9 +145,10 @@ def n_stored_parameters(
     ratio:float=0.15, # as given to it
     keep:float=0.25, # as given to it
 )->int:
-    "Parameters of all experts if matrices are stored as `L`, `R` and the rows that are kept."
+    "Numbers of all experts if matrices are stored as `L`, `R`, the rows that are kept, and which these are."
     def stored(t):
         if t.ndim == 1: return len(t)
         H, D = t.shape
-        return n_ranks(H, D, ratio) * (H + D) + math.ceil(keep * H) * D
+        rows = math.ceil(keep * H)
+        return n_ranks(H, D, ratio) * (H + D) + rows * (D + (rows < H))
     return sum(stored(t) for b in banks for s in b.states for t in s.values())

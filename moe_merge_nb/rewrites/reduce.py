@@ -23,6 +23,7 @@ from ..layer.adapt import AdaptedCLIP
 from ..safe.checkpoint import read_tree, write_tree
 from ..learn.views import cosine_logits
 from ..learn.features import class_embeddings
+from ..learn.sanity import check_features
 from ..safe.files import replacing
 from .bank import Bank, banks, n_expert_parameters, with_banks
 from .group import Rule, rewrite
@@ -45,9 +46,11 @@ def last(
     right, device = {}, model.logit_scale.device
     for t, task in enumerate(stream):
         texts = class_embeddings(model, tokenizer, task, t)                     # the mean over all prompts
-        logits = lambda x: cosine_logits(model, model.encode_image(x.to(device), t), texts)
         batches = DataLoader(task.test, batch, generator=torch.Generator())
-        hits = torch.cat([logits(x).argmax(1) == y for x, y in batches])
+        z, labels = zip(*((model.encode_image(x.to(device), t), y) for x, y in batches))
+        said, everyone = f'task {task.name!r}, test images', torch.arange(len(task.test))
+        check_features(torch.cat(z), everyone, task.test, model, said=said)
+        hits = torch.cat([cosine_logits(model, x, texts).argmax(1) == y for x, y in zip(z, labels)])
         right[task.name] = 100 * float(hits.double().mean())
     return right
 

@@ -43,6 +43,7 @@ def in_parts(
     return dict(
         states=[part for s in b.states for part in split_neurons(s, m)],
         always_on=b.always_on.repeat_interleave(m),
+        frozen=None if b.frozen is None else b.frozen.repeat_interleave(m),
         base=b.base if m == 1 else None,
         stored=b.stored if m == 1 else None)
 
@@ -140,6 +141,7 @@ def grow(
         noise=torch.zeros_like(gate),
         column_to_expert=m * torch.eye(n * m),
         always_on=torch.zeros(n * m),
+        frozen=None,
         select=partial(top_k_gates, k=m),
         base=None,
         stored=None)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from ..layer.adapt import AdaptedCLIP
 from ..layer.experts import State
 from ..layer.moe import Routing
+from ..learn.sanity import check_features
 from .bank import Bank
 from ..streams.tasks import Stream, prompts
 
@@ -101,7 +102,8 @@ def calibrate(
     for t, task in enumerate(stream):
         some = torch.randperm(len(task.calibration), generator=generator)[:images].tolist()
         batches = DataLoader(Subset(task.calibration, some), 64, generator=torch.Generator())
-        for x, recorder.labels in batches: model.encode_image(x.to(device), t, recorder)
+        z = [model.encode_image(x.to(device), t, recorder) for x, recorder.labels in batches]
+        check_features(torch.cat(z), some, task.calibration, model, said=f'task {task.name!r}, training images')
         recorder.labels = torch.arange(len(task.classes))
         model.encode_text(tokenizer(prompts(task)).to(device), t, recorder)
     return recorder.result()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..layer.experts import State
+from ..merge.combine import Where
 
 # %% ../../nbs/8_rewrites/07_task_vectors.ipynb #0656ac85
 def task_vectors(
@@ -81,35 +82,37 @@ def ties(
 # %% ../../nbs/8_rewrites/07_task_vectors.ipynb #92bc7c55
 def dropped(
     tau:Tensor, # (n, D)
-    counts:Tensor|None, # (n,) usage
     density:float, # d, probability of being kept
     seed:int,
+    where:Where=Where(), # which merge this is
 )->Tensor: # (n, D), in expectation `tau`
     "Random entries of `tau`, enlarged."
     check_share('density', density)
-    rng = np.random.default_rng([seed, *([] if counts is None else counts.long().tolist())])
+    rng = np.random.default_rng([seed, *where.numbers])
     m = torch.from_numpy(rng.random(tau.shape) < density).to(tau.device)
     return torch.where(m, tau / density, 0.)
 
 def dare(
     states:list[State],
-    counts:Tensor|None, # (n,) usage
+    counts:Tensor|None, # usage, not needed
     base:State|None, # theta_0
     lam:float=0.4, # lambda, factor on the sum
     density:float=0.5, # d, share of entries that are kept
     seed:int=0, # of the masks
+    where:Where=Where(), # which merge this is: every one has its own masks
 )->State:
     "Task arithmetic of randomly thinned task vectors (DARE, arXiv 2311.03099)."
-    return moved(base, lam * dropped(task_vectors(states, base), counts, density, seed).sum(0))
+    return moved(base, lam * dropped(task_vectors(states, base), density, seed, where).sum(0))
 
 # %% ../../nbs/8_rewrites/07_task_vectors.ipynb #80c10105
 def dare_ties(
     states:list[State],
-    counts:Tensor|None, # (n,) usage
+    counts:Tensor|None, # usage, not needed
     base:State|None, # theta_0
     lam:float=1., # lambda, factor on the merged task vector
     density:float=0.5, # d, share of entries that are kept
     seed:int=0, # of the masks
+    where:Where=Where(), # which merge this is: every one has its own masks
 )->State:
     "The mean of what agrees among randomly thinned task vectors (DARE-TIES)."
-    return moved(base, lam * agreeing_mean(dropped(task_vectors(states, base), counts, density, seed)))
+    return moved(base, lam * agreeing_mean(dropped(task_vectors(states, base), density, seed, where)))

@@ -234,15 +234,16 @@ def header_of_run(
     if (directory/FILE).is_file():
         try: intact(directory/FILE, sums)
         except ValueError as e: raise ValueError(f'{directory/FILE}: {e}') from e
-    tasks = config.get('tasks', [])
+    tasks, said = config.get('tasks', []), {t['name']: t for t in config.get('words', [])}
     routers = {name.split('.')[2] for name in tensors if name.startswith('0.routers.')}
     n_tasks = len(routers) if routers else len(tasks) # there are routers without tensors
+    named = dict(name=config.get('model', 'pico'), pretrained=config.get('pretrained'))
     return dict(
         version=1,
         package=config.get('version'),
         experts=experts,
         sources=config.get('sources', {}),
         n_tasks=n_tasks,
-        backbone=dict(name=config.get('model', 'pico'), pretrained=config.get('pretrained'), sha256=None, config=None),
-        tasks=[dict(name=name) for name in tasks[:n_tasks]],
+        backbone=dict(**named, sha256=config.get('backbone_sha256'), config=None),
+        tasks=[said.get(name, dict(name=name)) for name in tasks[:n_tasks]],
         provenance=config)

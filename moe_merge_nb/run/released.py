@@ -13,10 +13,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
+from ..clip.weights import SCALARS, plain_state, read_checkpoint
 from ..layer.adapt import AdaptedCLIP
 from .describe import clip_from
 from .share import all_open, save
-from .theirs import SCALARS, plain_state, read_checkpoint, sizes
+from .theirs import sizes
 from ..safe.checkpoint import fill
 
 # %% ../../nbs/run/14_released.ipynb #e17f5ba6

@@ -9,7 +9,8 @@ __all__ = ['check_numbers', 'changed', 'rewrite_run']
 from collections.abc import Callable
 from pathlib import Path
 import pandas as pd
-from ..rewrites.rules import SPLITS, rule_of
+from ..rewrites.rules import REWRITES, SPLITS, rule_of
+from ..safe.doors import sources
 from ..safe.files import replacing
 from ..safe.provenance import provenance
 from .reproduce import stream_of
@@ -56,6 +57,7 @@ def _about(model, small, run, **how):
     "What is kept beside the banks: what was done, and to what"
     return dict(
         **how,
+        sources=sources({'rewrite': (how['rule'], {**REWRITES, **SPLITS})}),
         parameters=n_expert_parameters(banks(small)),
         before=n_expert_parameters(banks(model)),
         run=run,
@@ -75,7 +77,7 @@ def rewrite_run(
     shared, config = load(directory, trust=True), load_result(directory).config
     model, tokenizer = shared.model, shared.tokenizer
     banks(model) # ValueError for kinds of experts or routers that rewrites do not know
-    stream = stream_of(config, **{k: v for k, v in where.items() if v is not None})
+    stream = stream_of(config, **where)
     small = changed(model, tokenizer, stream, rule, budget=budget, parts=parts)
     rows = pd.DataFrame({'before': last(model, tokenizer, stream), 'after': last(small, tokenizer, stream)})
     if recovery:

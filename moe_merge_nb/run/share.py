@@ -21,6 +21,7 @@ from torch import Tensor
 from ..clip.backbone import load_clip, pico_tokenizer
 from ..layer.adapt import AdaptedCLIP
 from ..layer.kinds import Experts
+from ..learn.plan import weights_sha256
 from .describe import Words, clip_from, experts_config, own_parts, sha256, words
 from .header import FILE, KEY, check_digest, check_header, header_of, header_of_run, read_header
 from ..safe.checkpoint import checksum, fill
@@ -71,7 +72,8 @@ def _by_name(name, pretrained):
         raise ValueError(f'{e}. The file needs this backbone: give it as backbone=(model, tokenizer)') from e
 
 def _check_same(clip, said):
-    wanted, found = said['sha256'], sha256(clip)
+    wanted = said['sha256']
+    found = sha256(clip) if len(wanted) == 64 else weights_sha256(clip) # a run directory has the shorter one
     if found != wanted:
         raise ValueError(f'another backbone: these adapters were made with {said["name"]!r}, '
                          f'pretrained={said["pretrained"]!r}, weights sha256 {wanted[:12]}..., not {found[:12]}...')

@@ -7,8 +7,9 @@ __all__ = ['batch_indices', 'drawing', 'Batches', 'loader']
 
 # %% ../../nbs/safe/02_batches.ipynb #d0d4d2a7
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -19,12 +20,14 @@ def batch_indices(
     batch:int, # per iteration
     iterations:int,
     seed:int,
-)->list[list[int]]: # one list of indices per iteration
+)->Iterator[list[int]]: # one list of indices per iteration
     "Shuffled passes over `n` images, cut into batches."
-    g = torch.Generator().manual_seed(seed)
-    passes = -(-batch * iterations // n)
-    order = torch.cat([torch.randperm(n, generator=g) for _ in range(passes)])
-    return [b.tolist() for b in order[:batch * iterations].split(batch)]
+    g, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+    for _ in range(iterations):
+        passes = -(-(batch - len(order)) // n)
+        order = torch.cat([order, *(torch.randperm(n, generator=g) for _ in range(passes))])
+        yield order[:batch].tolist()
+        order = order[batch:]
 
 # %% ../../nbs/safe/02_batches.ipynb #8f009dbf
 @contextmanager
@@ -44,27 +47,25 @@ def drawing(*seed:int)->Iterator[None]:
 
 # %% ../../nbs/safe/02_batches.ipynb #27060794
 class Batches(Dataset):
-    "Item k is the k-th batch: images (batch, 3, H, W) and labels (batch,)."
+    "Item (k, indices) is the k-th batch: images (batch, 3, H, W) and labels (batch,)."
     def __init__(self,
         dataset:Dataset, # of (image, label)
-        indices:list[list[int]], # of each batch
         *seed:int,
-    ): self.dataset, self.indices, self.seed = dataset, indices, seed
+    ): self.dataset, self.seed = dataset, seed
 
-    def __len__(self): return len(self.indices)
-
-    def __getitem__(self, k:int):
-        data, chosen = self.dataset, self.indices[k]
+    def __getitem__(self, item:tuple[int, list[int]]):
+        data, (k, chosen) = self.dataset, item
         with drawing(*self.seed, k):
             together = hasattr(data, '__getitems__')
             return default_collate(data.__getitems__(chosen) if together else [data[j] for j in chosen])
 
 def loader(
     batches:Batches,
+    indices:Iterable[list[int]], # of each batch, as of `batch_indices`
     first:int=0, # number of the first batch
     workers:int=0, # processes; 0: this one
     pin:bool=False, # page-locked memory
 )->DataLoader:
-    "The batches from number `first` on."
-    order = range(first, len(batches))
+    "The batches from number `first` on, once."
+    order = islice(enumerate(indices), first, None)
     return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin)

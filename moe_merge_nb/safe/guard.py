@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from filelock import FileLock, Timeout
-from .files import check_writable, sweep
+from .files import check_writable, read_text, sweep, write_text
 
 # %% ../../nbs/safe/04_guard.ipynb #6fd183a7
 LOCK, OWNER = '.lock', '.lock.owner'
@@ -24,7 +24,7 @@ class InUse(RuntimeError):
 
 def owner(directory:str|Path)->tuple[int, str]|None: # process id, machine
     "Who took the lock last; None if it was given back, or nothing is known."
-    try: pid, host = (Path(directory)/OWNER).read_text(encoding='utf-8').split()
+    try: pid, host = read_text(Path(directory)/OWNER, most=1000, follow=False).split()
     except (OSError, ValueError): return None
     return (int(pid), host) if pid.isdecimal() else None
 
@@ -51,7 +51,7 @@ def locked(
         by = f'process {who[0]} on {who[1]}' if who else 'another process'
         raise InUse(f'{d} is in use by {by}: wait for it, end it, or choose another directory') from None
     try:
-        (d/OWNER).write_text(f'{os.getpid()} {socket.gethostname()}', encoding='utf-8')
+        write_text(d/OWNER, f'{os.getpid()} {socket.gethostname()}')
         sweep(d, age=0)
         yield
     finally:

@@ -34,9 +34,13 @@ def number(
     def finite(x): return isinstance(x, kind) and not isinstance(x, bool) and -math.inf < x < math.inf
     return must_be(wanted, lambda x: finite(x) and fits(x))
 
-def whole(least:int)->Rule:
-    "A whole number, `least` or more."
-    return number(f'a whole number, {least} or more', lambda n: n >= least, Integral)
+def whole(
+    least:int,
+    most:int|None=None, # None: any
+)->Rule:
+    "A whole number from `least` to `most`."
+    if most is None: return number(f'a whole number, {least} or more', lambda n: n >= least, Integral)
+    return number(f'a whole number from {least} to {most:,}', lambda n: least <= n <= most, Integral)
 
 # %% ../../nbs/safe/07_settings.ipynb #97370743
 def one_of(names:Iterable[str])->Rule:

@@ -14,6 +14,7 @@ from torch import Tensor
 class Fitted:
     "Selectors by a distance to each task, in units of a quantile of held-out training images."
     learned = ('n_tasks', 'thresholds') # names of what `fit` changes
+    n_images = 0 # training images of learned tasks whose features are kept
     def __init__(self,
         quantile:float=.97, # of a task's own held-out images, accepted
         held_out:float=.2, # fraction of the training images
@@ -28,12 +29,17 @@ class Fitted:
 
 # %% ../../nbs/5_select/02_accept.ipynb #f5d9bde0
 @patch
+def held(self:Fitted, n:int)->int:
+    "How many of a task's n training images are held out."
+    return min(self.most, max(1, round(n*self.held_out)))
+
+@patch
 def split(self:Fitted, features:Tensor)->tuple[Tensor, Tensor]: # to fit, to hold out
     "A shuffled index of the images, in two parts, drawn from the seed and the task's number."
     n = len(features)
     if n < 4: raise ValueError(f'{n} training images: a selector needs at least 4 per task, some of them held out')
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1000*self.seed + self.n_tasks))
-    held = min(self.most, max(1, round(n*self.held_out)))
+    held = self.held(n)
     return order[held:], order[:held]
 
 @patch

@@ -78,10 +78,15 @@ def distances(self:Gaussian, features:Tensor)->Tensor: # (N, tasks)
 
 @patch(as_prop=True)
 def n_parameters(self:Gaussian)->int:
-    "Numbers that deciding needs: centroids, covariances, thresholds."
+    "Numbers kept: centroids, covariances, thresholds, and the features of held-out images."
     F = self.centroids[0].shape[1] if self.centroids else 0
     matrices = self.n_tasks if self.own else 1
-    return sum(mu.numel() for mu in self.centroids) + matrices*F*(F + 1)//2 + self.n_tasks
+    return sum(x.numel() for x in self.centroids + self.kept) + matrices*F*(F + 1)//2 + self.n_tasks
+
+@patch(as_prop=True)
+def n_images(self:Gaussian)->int:
+    "Training images of learned tasks whose features are kept."
+    return sum(len(x) for x in self.kept)
 
 # %% ../../nbs/5_select/03_gaussian.ipynb #9ec3876c
 def cholesky(

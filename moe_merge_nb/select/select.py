@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SELECTORS', 'frozen_features', 'stretch', 'dataset_features', 'Oracle', 'Latest', 'selector_kind', 'make_selector',
-           'selector_parameters']
+           'selector_images', 'selector_parameters']
 
 # %% ../../nbs/5_select/01_select.ipynb #d9fbc371
 import inspect
@@ -70,7 +70,7 @@ def dataset_features(
 # %% ../../nbs/5_select/01_select.ipynb #414a0751
 class Oracle:
     "The true task if it has been learned, else plain CLIP."
-    n_parameters = 0
+    n_parameters = n_images = 0 # numbers kept; images whose features are kept
     def __init__(self): self.n_tasks = 0
 
     def fit(self,
@@ -141,14 +141,23 @@ def make_selector(
     return kind(**options)
 
 # %% ../../nbs/5_select/01_select.ipynb #b3a19428
+def selector_images(
+    name:str, # a key of `SELECTORS`, with its default options
+    images:list[int], # n_t, training images of every task
+)->int:
+    "`n_images` of a selector after these tasks."
+    return sum(map(Gaussian().held, images)) if name == 'gaussian' else 0
+
 def selector_parameters(
     name:str, # a key of `SELECTORS`, with its default options
     F:int, # features
     classes:list[int], # C_t, of every task
+    images:list[int], # n_t, training images of every task
 )->int:
     "`n_parameters` of a selector after these tasks."
     T, hidden = len(classes), AutoEncoder().hidden
     layers, covariance = 2*F*hidden + hidden + F, F*(F + 1)//2
-    if name == 'gaussian': return F*sum(classes) + T*(covariance + 1) # centroids; and a threshold
+    rows = sum(classes) + selector_images(name, images) # centroids, and held-out images
+    if name == 'gaussian': return F*rows + T*(covariance + 1) # and a threshold
     if name == 'autoencoder': return T*(layers + 2*F + 1) # mean and std; a threshold
     return T if name == 'text' else 0 # a threshold

@@ -17,6 +17,7 @@ from torchvision import datasets as tv
 from .images import saved_few_shot, test_transform, train_transform
 from .sources import ARCHIVES, MTIL, names_of, spoken, templates_of
 from .tasks import Stream, Task
+from .order import named_order
 
 _all_ = ['MTIL', 'names_of', 'spoken', 'templates_of'] # of `sources`, for whoever imports all of this module
 
@@ -154,7 +155,8 @@ class Photos(Dataset):
         try:
             image, label = self.dataset[at]
             return self.transform(image), int(label)
-        except (OSError, ValueError, SyntaxError) as e: # what Pillow raises for damaged files
+        except MemoryError: raise
+        except Exception as e: # whatever Pillow raises for damaged files, or for far too large ones
             what = f'{image_name(self.dataset, at)} of {type(self.dataset).__name__}'
             raise ValueError(f'{what} cannot be read: {e}; unpack its archive again') from e
 
@@ -206,7 +208,7 @@ def _task(name, f, positions, size, names):
 # %% ../../nbs/1_streams/09_datasets.ipynb #0bcde3dc
 def _check(order, shots, tasks):
     "ValueError for arguments that no stream has."
-    if order not in ORDERS: raise ValueError(f'order is {order!r}; choose one of {list(ORDERS)}')
+    named_order(order, ORDERS)
     if shots is not None and shots < 1:
         raise ValueError(f'shots is {shots}; choose 1 or more, or None for all training images')
     if tasks is not None and (not tasks or set(tasks) - set(MTIL)):
@@ -215,7 +217,7 @@ def _check(order, shots, tasks):
 # %% ../../nbs/1_streams/09_datasets.ipynb #70ed8b82
 def mtil(
     root:str|Path='data', # the folder with the eleven datasets, each in torchvision's own layout
-    order:int=1, # 1: Order I, 2: Order II
+    order:int|Sequence[str]=1, # 1: Order I, 2: Order II; or a list of datasets
     shots:int|None=None, # training images per class; None: all. The list is saved and used again
     data_seed:int=0, # decides which shots
     size:int=224, # pixels, of both sides
@@ -226,7 +228,7 @@ def mtil(
 )->Stream:
     "MTIL from image files; ValueError that lists everything missing or wrong, before anything is trained."
     _check(order, shots, tasks)
-    wanted = [n for n in ORDERS[order] if tasks is None or n in tasks]
+    wanted = [n for n in named_order(order, ORDERS) if tasks is None or n in tasks]
     found = {n: find(n, root, check) for n in MTIL if n in wanted}
     wrong = complaint(found, root)
     if wrong: raise ValueError(wrong)

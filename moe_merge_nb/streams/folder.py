@@ -12,36 +12,27 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-import platformdirs
+from ..safe.files import read_text
+from ..safe.known import store_in
+from .entries import below, by_name, check_apart, spelled, visible
 from .images import few_shot, test_transform, train_transform
 from .tasks import Stream, Task
 from .verify import Files, verify
 
 # %% ../../nbs/1_streams/11_folder.ipynb #2058eee5
-_LEFT_BEHIND = ('thumbs.db', 'desktop.ini', '__macosx')
-
-def _visible(folder):
-    "Entries of `folder` by name, without hidden files and what systems leave behind."
-    try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
-    except OSError as e: raise ValueError(f'cannot read the folder {folder}: {e.strerror}') from e
-    return [e for e in entries if not e.name.startswith('.') and e.name.lower() not in _LEFT_BEHIND]
-
-def _below(folder, above=()):
-    "Paths of all visible files below `folder`; a link back to a folder above is not followed."
-    entries, above = _visible(folder), (*above, os.path.realpath(folder))
-    yield from (e.path for e in entries if not e.is_dir())
-    for e in entries:
-        if e.is_dir() and os.path.realpath(e.path) not in above: yield from _below(e.path, above)
+def _folders(entries):
+    "`{name: path}` of the folders among some entries."
+    return {name: Path(e.path) for name, e in by_name(e for e in entries if e.is_dir()).items()}
 
 # %% ../../nbs/1_streams/11_folder.ipynb #32ea1726
 def _split(task, split):
     "`{class folder: [file]}` of one split, and the files that lie in no class folder."
     d = task/split
     if not d.is_dir():
-        holds = [e.name for e in _visible(task)]
+        holds = [e.name for e in visible(task)]
         raise ValueError(f'task {task.name!r} has no folder {split}/ in {task}; it holds {holds}')
-    entries = _visible(d)
-    classes = {e.name: list(_below(e.path)) for e in entries if e.is_dir()}
+    entries = visible(d)
+    classes = {c: list(below(path)) for c, path in _folders(entries).items()}
     if not classes:
         raise ValueError(f'{d} has no class folders; put the images of each class into a folder with its name')
     for c, files in classes.items():
@@ -53,7 +44,7 @@ _TEMPLATE = 'a photo of a {}.'
 
 def _lines(path):
     "Numbered lines of a text file, without empty ones."
-    try: text = path.read_text(encoding='utf-8-sig')
+    try: text = spelled(read_text(path))
     except (UnicodeDecodeError, OSError) as e: raise ValueError(f'{path} is no UTF-8 text file ({e})') from e
     return [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
 
@@ -85,12 +76,13 @@ def _class_names(task, folders):
 def _tasks(root, order):
     "The task folders in the order of learning."
     if not root.is_dir(): raise ValueError(f'root is {root}, which is no folder; give one with a sub-folder per task')
-    found = {e.name: Path(e.path) for e in _visible(root) if e.is_dir()}
+    found = _folders(visible(root))
     if not found: raise ValueError(f'{root} has no task; make a sub-folder per task, with train/ and test/ in it')
     if order is None: return list(found.values())
-    if isinstance(order, (str, int)) or sorted(map(str, order)) != sorted(found):
+    names = [spelled(str(name)) for name in order] if isinstance(order, Sequence) else []
+    if isinstance(order, str) or sorted(names) != sorted(found):
         raise ValueError(f'order is {order!r}; give a list with each of the tasks once: {list(found)}')
-    return [found[name] for name in order]
+    return [found[name] for name in names]
 
 def _layout(task):
     "Both splits of a task as `{class: [file]}`, and the files that lie in no class folder."
@@ -127,15 +119,10 @@ def _files(task, split, classes, labels, found):
 def _digest(content): return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 def _fingerprint(root, found, tasks):
-    "Of the names and sizes of the good files, the class names and the templates."
-    good = [(f, stamp[0]) for f, (stamp, reason) in found.items() if reason is None]
-    files = sorted((os.path.relpath(f, root), size) for f, size in good)
+    "Of the names and contents of the good files, the class names and the templates."
+    good = [(f, seen.sha256) for f, (seen, reason) in found.items() if reason is None]
+    files = sorted((os.path.relpath(f, root), sha256) for f, sha256 in good)
     return _digest([files, sorted((t.name, t.classes, t.templates) for t in tasks)])
-
-def _cache_file(root, cache):
-    "Where the verification of `root` is remembered."
-    base = Path(cache or platformdirs.user_cache_dir('moe_merge_nb'))
-    return base/f'folder-{_digest(os.path.realpath(root))}.json'
 
 def _made(task, splits, found, size, few):
     "One task out of its good files; `few` are the arguments of the few-shot list, if one is wanted."
@@ -144,8 +131,8 @@ def _made(task, splits, found, size, few):
     train, test = (_files(task, split, splits[split], labels, found) for split in ('train', 'test'))
     train, test = Files(*train, transform=train_transform(size)), Files(*test, transform=seen)
     if few: train = train.only(few_shot(train.labels, **few, classes=names))
-    calibration = Files(train.paths, train.labels, train.stamps, seen)
-    return Task(task.name, names, _templates(task), train=train, test=test, calibration=calibration)
+    calibration = Files(train.paths, train.labels, train.seen, seen)
+    return Task(spelled(task.name), names, _templates(task), train=train, test=test, calibration=calibration)
 
 # %% ../../nbs/1_streams/11_folder.ipynb #295d3f82
 def _check(layout, size):
@@ -154,6 +141,16 @@ def _check(layout, size):
         _templates(task)
         _class_names(task, list(splits['train']))
         test_transform(size)
+    check_apart(_class_folders(layout))
+
+def _class_folders(layout):
+    "`{folder: [file]}` of every class."
+    found = {}
+    for task, (splits, _) in layout.items():
+        for split, classes in splits.items():
+            d = task/split
+            for files in classes.values(): found[str(d/Path(files[0]).relative_to(d).parts[0])] = files
+    return found
 
 def _every_file(layout):
     "All files in class folders, in the order of the tasks."
@@ -175,12 +172,12 @@ def folder(
     root = Path(root).expanduser().absolute()
     layout = {task: _layout(task) for task in _tasks(root, order)}
     _check(layout, size)
-    found = verify(_every_file(layout), _cache_file(root, cache))
+    found = verify(_every_file(layout), store_in(cache))
     bad = {f: reason for f, (_, reason) in found.items() if reason}
     bad |= {f: 'it lies in no class folder' for _, stray in layout.values() for f in stray}
     _bad_files(bad, root, on_bad)
     few = None if shots is None else dict(shots=shots, seed=data_seed)
     tasks = tuple(_made(task, splits, found, size, few=few) for task, (splits, _) in layout.items())
-    settings = dict(data_seed=data_seed, order=list(order) if order else None, shots=shots, size=size, on_bad=on_bad)
+    settings = dict(data_seed=data_seed, order=order and [t.name for t in tasks], shots=shots, size=size, on_bad=on_bad)
     made_of = dict(skipped=len(bad), fingerprint=_fingerprint(root, found, tasks))
     return Stream('folder', tasks, settings | made_of)

@@ -12,11 +12,12 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple
 from torchvision import datasets as tv
+from . import readers
 
 # %% ../../nbs/1_streams/08_sources.ipynb #2c45e0d9
 class Source(NamedTuple):
     "What is known of one dataset of MTIL."
-    dataset:type # of torchvision
+    dataset:type # of torchvision, or of `readers`
     train:dict # its arguments for the training images
     test:dict|None # and for the test images; None: 80 % of `train` are for training, 20 % for test
     n_classes:int
@@ -50,17 +51,17 @@ def _counts(n_classes, n_train, n_test): return dict(n_classes=n_classes, n_trai
 
 MTIL = {
     'Aircraft': Source(tv.FGVCAircraft, **_SPLIT, **_counts(100, 3334, 3333), files=_FILES['Aircraft']),
-    'Caltech101': Source(tv.Caltech101, **_RANDOM, **_counts(101, 6941, 1736), files=_FILES['Caltech101']),
+    'Caltech101': Source(readers.Caltech101, **_RANDOM, **_counts(101, 6941, 1736), files=_FILES['Caltech101']),
     'CIFAR100': Source(tv.CIFAR100, **_TRAIN, **_counts(100, 50000, 10000), files=_FILES['CIFAR100']),
     'DTD': Source(tv.DTD, **_SPLIT, **_counts(47, 1880, 1880), files=_FILES['DTD']),
-    'EuroSAT': Source(tv.EuroSAT, **_RANDOM, **_counts(10, 21600, 5400), files=_FILES['EuroSAT']),
+    'EuroSAT': Source(readers.EuroSAT, **_RANDOM, **_counts(10, 21600, 5400), files=_FILES['EuroSAT']),
     'Flowers': Source(tv.Flowers102, **_SPLIT, **_counts(102, 1020, 6149), files=_FILES['Flowers']),
     'Food': Source(tv.Food101, **_SPLIT, **_counts(101, 75750, 25250), files=_FILES['Food']),
     'MNIST': Source(tv.MNIST, **_TRAIN, **_counts(10, 60000, 10000), files=_FILES['MNIST']),
     'OxfordPet': Source(tv.OxfordIIITPet, **_TRAINVAL, **_counts(37, 3680, 3669), files=_FILES['OxfordPet']),
     'StanfordCars': Source(
         tv.StanfordCars, **_SPLIT, **_counts(196, 8144, 8041), files=_FILES['StanfordCars'], link=False),
-    'SUN397': Source(tv.SUN397, **_RANDOM, **_counts(397, 87003, 21751), files=_FILES['SUN397'])}
+    'SUN397': Source(readers.SUN397, **_RANDOM, **_counts(397, 87003, 21751), files=_FILES['SUN397'])}
 
 # %% ../../nbs/1_streams/08_sources.ipynb #5865273b
 _PETS = 'https://www.robots.ox.ac.uk/~vgg/data/pets/'

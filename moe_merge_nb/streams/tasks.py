@@ -6,12 +6,14 @@
 __all__ = ['STREAMS', 'normalise', 'Images', 'stack', 'Task', 'prompts', 'Stream', 'reorder', 'first', 'toy_stream']
 
 # %% ../../nbs/1_streams/01_tasks.ipynb #845e48e7
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch.utils.data import DataLoader, Dataset
+from ..safe.settings import whole
 
 # %% ../../nbs/1_streams/01_tasks.ipynb #acf935b8
 def normalise(
@@ -38,6 +40,11 @@ class Images(Dataset):
     def __len__(self)->int: return len(self.images)
     def __getitem__(self, i:int): return normalise(self.images[i]), int(self.labels[i])
     def __getitems__(self, i:list[int]): return list(zip(normalise(self.images[i]), self.labels[i].tolist()))
+    def digest(self)->str: # 64 hexadecimal digits
+        "SHA-256 of all images and labels."
+        h = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for t in (self.images, self.labels): h.update(t.contiguous().numpy())
+        return h.hexdigest()
 
 # %% ../../nbs/1_streams/01_tasks.ipynb #b1a9071a
 def stack(
@@ -72,6 +79,7 @@ def _check_texts(t):
     for s in (t.name, *t.classes, *t.templates): _check_word(s)
     if any(c < ' ' for c in t.name):
         raise ValueError('its name has a line break or another control character; results are tables, rename it')
+    if t.name == 'CLIP': raise ValueError("'CLIP' is what results call the model before any task; rename it")
     for field in ('classes', 'templates'):
         if not getattr(t, field): raise ValueError(f'0 {field}; it needs at least 1')
     twice = _twice(t.classes)
@@ -226,6 +234,7 @@ def toy_stream(
     "A tiny synthetic stream, 32 x 32 pixels; ValueError for more tasks or classes than there are shapes or colours."
     for name, n, limit in (('n_tasks', n_tasks, len(_SHAPES)), ('n_classes', n_classes, len(_COLOURS))):
         if not 1 <= n <= limit: raise ValueError(f'{name} is {n}; toy_stream can draw 1 to {limit}')
+    for name, n in (('n_train', n_train), ('n_test', n_test)): whole(1, 100_000)(f'stream.{name}', n)
     classes, shapes = list(_COLOURS)[:n_classes], list(_SHAPES)[:n_tasks]
     tasks = tuple(_toy_task(s, classes, n_train, n_test, seed) for s in shapes)
     info = dict(data_seed=seed, n_tasks=n_tasks, n_classes=n_classes, n_train=n_train, n_test=n_test)

@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from ..layer.experts import Expert, State, read, write
 from ..layer.moe import MoE, Routing
+from ..learn.sanity import NotANumber, bad_tensors
 from ..learn.train import class_logits
 from ..merge.combine import mean
 from ..merge.usage import Block
@@ -41,6 +42,9 @@ def look_at(
     seen, said = model.encode_image(images, task, probe), model.encode_text(tokens, task, probe)
     logits = class_logits(seen, said, model.logit_scale)
     model.train(training)
+    if not logits.isfinite().all():
+        weights = bad_tensors(model)[:4]
+        raise NotANumber(f'the logits of task {task + 1} are NaN or infinite; weights that are: {weights}')
     right = (logits.argmax(1) == labels).float()
     return Look(routings, F.cross_entropy(logits, labels).item(), 100 * right.mean().item())
 
@@ -70,12 +74,12 @@ def empty(state:State)->State:
     "An expert that says nothing."
     return {k: torch.zeros_like(v) for k, v in state.items()}
 
-STAND_INS = { # what answers in place of the two sources
-    'mean of weights': lambda a, b: [mean([a, b])] * 2,
-    'mean, matched': lambda a, b: [matched(a, b)] * 2,
-    'first source': lambda a, b: [a, a],
-    'exchanged': lambda a, b: [b, a],
-    'nothing': lambda a, b: [empty(a), empty(b)],
+STAND_INS = { # what answers in place of the sources, most used first
+    'mean of weights': lambda *s: [mean(s)] * len(s),
+    'mean, matched': lambda *s: [matched(*s)] * len(s),
+    'first source': lambda *s: [s[0]] * len(s),
+    'exchanged': lambda *s: [*s[1:], s[0]],
+    'nothing': lambda *s: list(map(empty, s)),
 }
 
 # %% ../../nbs/11_study/06_look.ipynb #08348137
@@ -83,7 +87,7 @@ Case = tuple[MoE, list[int], int] # a block, the sources and the target of its m
 
 def stand_ins(
     cases:list[Case],
-    make:Callable, # states of two sources -> what answers in their place
+    make:Callable, # states of the sources -> what answers in their place
 )->list[tuple[Expert, State]]: # for `replaced`
     "Others in the place of the sources of every block."
     changes = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from ..layer.experts import State
-from ..merge.align import align
+from ..merge.align import align, aligned
 from ..layer.experts import balance, neurons
 from ..merge.combine import mean
 
@@ -90,12 +90,10 @@ def likeness(
 
 # %% ../../nbs/11_study/05_principle.ipynb #943dfecf
 def matched(
-    a:State,
-    b:State,
+    *states:State, # of the sources, most used first
 )->State:
     "The mean of the weights after `balance` and `align`, as `Merge(align=True)` takes it."
-    a, b = balance(a), balance(b)
-    return mean([a, align(a, b)])
+    return mean(aligned(list(states)))
 
 def errors(
     a:State,

@@ -17,7 +17,6 @@ from ..learn.method import Method, build
 from ..learn.learner import Callback, Learner
 from ..learn.train import train_task
 from ..merge.rule import Merge, merge_iterations
-from ..merge.combine import choose
 from ..merge.usage import Block, since
 from ..streams.tasks import Stream, prompts, stack
 from .look import STAND_INS, Case, Look, another, empty, inputs, look_at, replaced, shares, stand_ins
@@ -31,7 +30,7 @@ class Watch(Callback):
         merging:bool,
         seed:int=0, # of the controls that are drawn by chance
     ):
-        self.rule, self.merge = rule, MergeMostUsed(rule) if merging else None
+        self.rule, self.merger, self.merging = rule, MergeMostUsed(rule), merging
         self.generator, self.rows = torch.Generator().manual_seed(seed), []
 
     def before_task(self, learner:Learner):
@@ -39,7 +38,8 @@ class Watch(Callback):
         self.before, self.open, self.roles = {}, [], {}
         with torch.random.fork_rng(devices=[]): # a loader draws a random number
             self.tests = [self._test(learner, j, t) for j, t in enumerate((*learner.seen, learner.task))]
-        if self.merge: self.merge.before_task(learner)
+        self.merger.before = {}
+        if self.merging: self.merger.before_task(learner)
 
     def _test(self, learner, j, task):
         "The task, its place, its test images and labels, the tokens of its prompts."
@@ -94,11 +94,11 @@ def compare(self:Watch,
     x:Tensor, # (n, width) inputs of the block
 ):
     "Likeness and errors of the pair, and of the controls."
-    a, b = (read(moe.experts[e]) for e in sources)
+    a, *others = (read(moe.experts[e]) for e in sources)
     c = another(learner.counts()[moe.tower, moe.block], [*sources, target], self.generator)
-    pairs = {'sources': b, 'random neurons': random_neurons(b, self.generator)}
-    if c is not None: pairs['another expert'] = read(moe.experts[c])
-    for who, other in pairs.items(): self.note(learner, likeness(a, other, x) | errors(a, other, x), who, moe)
+    pairs = [('sources', b) for b in others] + [('random neurons', random_neurons(b, self.generator)) for b in others]
+    if c is not None: pairs.append(('another expert', read(moe.experts[c])))
+    for who, other in pairs: self.note(learner, likeness(a, other, x) | errors(a, other, x), who, moe)
 
 # %% ../../nbs/11_study/07_watch.ipynb #7a66ec92
 @patch
@@ -138,7 +138,7 @@ def overwrite(self:Watch,
     self.tell(learner, 'before', cases)
     targets = [moe.experts[target] for moe, _, target in cases]
     with replaced([(t, empty(read(t))) for t in targets]): self.tell(learner, 'emptied')
-    self.merge.after_step(learner)
+    self.merger.after_step(learner)
     self.tell(learner, 'merged')
 
 # %% ../../nbs/11_study/07_watch.ipynb #aac99fc0
@@ -194,17 +194,18 @@ def end(self:Watch,
 def meet(self:Watch,
     learner:Learner,
     moe:MoE,
-    window:dict[Block, Tensor], # (experts,) each
+    counted:dict[Block, Tensor], # (experts,) each: the usage that the rule decides by
     now:Look,
 )->list[Case]: # one, or none
     "What the rule would merge in this block: compared, and followed from now on."
     key = moe.tower, moe.block
-    sources, target = choose(window[key], moe.frozen, n_sources=2, frozen_sources=self.rule.frozen_sources)
+    sources, target = self.merger.choice(moe, counted[key])
     if target is None: return []
     routing, roles = now.routings[key], self.roles.setdefault(key, {})
     self.compare(learner, moe, sources, target=target, x=inputs(routing.x, self.generator))
-    for who, e in zip(('target', 'source 1', 'source 2'), (target, *sources)):
-        self.open.append((learner.iteration, moe, who, e, shares(window[key], routing.gates, e)['share']))
+    for i, e in enumerate((target, *sources)):
+        share = shares(counted[key], routing.gates, e)['share']
+        self.open.append((learner.iteration, moe, f'source {i}' if i else 'target', e, share))
     roles[target] = 'target'
     for e in sources: roles.setdefault(e, 'source')
     return [(moe, sources, target)]
@@ -213,19 +214,19 @@ def meet(self:Watch,
 @patch
 def after_step(self:Watch, learner:Learner):
     if learner.iteration not in self.when: return
-    now, window, cases = self.look(learner), self.window(learner), []
-    self.follow(learner, window, now)
-    for moe in learner.model.moes: cases += self.meet(learner, moe, window, now)
-    if self.merge:
-        self.stand_in(learner, cases, now)
-        self.overwrite(learner, cases)
+    now, counted, cases = self.look(learner), self.merger.window(learner), []
+    self.follow(learner, self.window(learner), now)
+    for moe in learner.model.moes: cases += self.meet(learner, moe, counted, now)
+    if not self.merging: return self.merger.close_window(learner)
+    self.stand_in(learner, cases, now)
+    self.overwrite(learner, cases)
 
 @patch
 def after_task(self:Watch, learner:Learner):
     now = self.look(learner)
     self.follow(learner, self.window(learner), now)
     self.end(learner, now)
-    if self.merge: self.merge.after_task(learner)
+    self.merger.after_task(learner)                                         # notes what it protects
 
 # %% ../../nbs/11_study/07_watch.ipynb #8066f9cc
 def watched(
