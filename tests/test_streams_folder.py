@@ -85,8 +85,7 @@ def test_a_stream_of_files_is_a_stream_like_any_other():
         assert one.train.paths == same.train.paths != other.train.paths
         assert one.calibration.paths == one.train.paths and len(one.test) == 6
         with pytest.raises(ValueError, match="shots is 4, but class 'c' has 3"): read(shots=4)
-        suffixes = {p.suffix for p in root.rglob('*') if p.is_file()}
-        assert suffixes <= {'.png', '.txt'} # nothing is written among the images
+        assert {p.suffix for p in root.rglob('*') if p.is_file()} <= {'.png', '.txt'} # nothing is written among the images
 
 
 def test_the_fingerprint_follows_the_data():
