@@ -66,9 +66,7 @@ def test_a_stream_of_files_is_a_stream_like_any_other():
         (root/'b_b'/'templates.txt').write_text('satellite: {}\n')
         (root/'a'/'classes.txt').write_text('x_y : a: b\n')
         def read(*args, **options): return folder(root, *args, size=16, cache=cache, **options)
-        with warnings.catch_warnings():
-            warnings.simplefilter('error')
-            s = read()
+        with warnings.catch_warnings(action='error'): s = read()
         assert s.names == ['a', 'b_b'] and read(['b_b', 'a']).names == ['b_b', 'a']
         a, b = s
         assert a.classes == ('c', 'only train', 'a: b') and b.classes == ('c', 'only train', 'x y')
@@ -85,7 +83,8 @@ def test_a_stream_of_files_is_a_stream_like_any_other():
         assert one.train.paths == same.train.paths != other.train.paths
         assert one.calibration.paths == one.train.paths and len(one.test) == 6
         with pytest.raises(ValueError, match="shots is 4, but class 'c' has 3"): read(shots=4)
-        assert {p.suffix for p in root.rglob('*') if p.is_file()} <= {'.png', '.txt'} # nothing is written among the images
+        kinds = {p.suffix for p in root.rglob('*') if p.is_file()}
+        assert kinds <= {'.png', '.txt'} # nothing is written among the images
 
 
 def test_the_fingerprint_follows_the_data():
