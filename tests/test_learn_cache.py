@@ -1,21 +1,14 @@
-import pytest, torch
-from moe_merge_nb.layer.adapt import AdaptedCLIP, trainable
-from moe_merge_nb.clip.backbone import load_clip
+from functools import partial
+import pytest
+import torch
+from moe_merge_nb.layer.adapt import trainable
 from moe_merge_nb.learn.cache import *
 from moe_merge_nb.layer.experts import read, write
 from moe_merge_nb.streams.tasks import stack, toy_stream
+import toys
 
-def toy_model(n_tasks=2, seed=0, **kw):
-    "An adapted CLIP whose adapters say something: random, not trained"
-    clip, tokenizer = load_clip('pico', 'random')
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AdaptedCLIP(clip, **{'n_experts': 6, 'rank': 4, 'scale': 1., **kw})
-        for _ in range(n_tasks): model.add_task()
-        for m in model.moes:
-            for e in m.experts: torch.nn.init.normal_(e.up.weight, std=.3)
-            for w in m.routers.parameters(): torch.nn.init.normal_(w)
-    return model.eval(), tokenizer
+toy_model = partial(toys.toy_model, n_experts=6)
+
 
 def images_of(model, images, s, seen=None):
     "What a cache asks for: features of some rows of `images`, and the experts they went through"

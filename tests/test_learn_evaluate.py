@@ -1,24 +1,14 @@
-import pandas as pd, pytest, torch
-from moe_merge_nb.layer.adapt import AdaptedCLIP
-from moe_merge_nb.clip.backbone import load_clip
+import pandas as pd
+import pytest
+import torch
 from moe_merge_nb.learn.cache import Cache
 from moe_merge_nb.learn.evaluate import evaluate
 from moe_merge_nb.learn.features import class_embeddings
 from moe_merge_nb.learn.views import averaged, routed, row_name
 from moe_merge_nb.select.select import Latest, Oracle, dataset_features, make_selector
 from moe_merge_nb.streams.tasks import stack, toy_stream
+from toys import toy_model
 
-def toy_model(n_tasks=2, seed=0):
-    "An adapted CLIP whose adapters say something: random, not trained"
-    clip, tokenizer = load_clip('pico', 'random')
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AdaptedCLIP(clip, n_experts=4, rank=4, scale=1.)
-        for _ in range(n_tasks): model.add_task()
-        for m in model.moes:
-            for e in m.experts: torch.nn.init.normal_(e.up.weight, std=.3)
-            for w in m.routers.parameters(): torch.nn.init.normal_(w)
-    return model.eval(), tokenizer
 
 def fitted(net, stream, names=('oracle', 'none', 'gaussian')):
     "Selectors that have learned the first two tasks"

@@ -1,22 +1,10 @@
-import pytest, torch
-from moe_merge_nb.layer.adapt import AdaptedCLIP
-from moe_merge_nb.clip.backbone import load_clip
+import pytest
+import torch
 from moe_merge_nb.learn.cache import Cache
 from moe_merge_nb.layer.experts import read, write
 from moe_merge_nb.learn.features import Encoder, class_embeddings
 from moe_merge_nb.streams.tasks import prompts, stack, toy_stream
-
-def toy_model(n_tasks=2, seed=0, n_experts=4):
-    "An adapted CLIP whose adapters say something: random, not trained"
-    clip, tokenizer = load_clip('pico', 'random')
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AdaptedCLIP(clip, n_experts=n_experts, rank=4, scale=1.)
-        for _ in range(n_tasks): model.add_task()
-        for m in model.moes:
-            for e in m.experts: torch.nn.init.normal_(e.up.weight, std=.3)
-            for w in m.routers.parameters(): torch.nn.init.normal_(w)
-    return model.eval(), tokenizer
+from toys import toy_model
 
 
 def test_class_embeddings_average_unit_features_over_templates():
