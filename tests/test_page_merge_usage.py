@@ -9,10 +9,10 @@ from moe_merge_nb.merge.usage import *
 
 def test_counts_add_up_to_k_times_the_sequences():
     torch.manual_seed(0)
-    model, usage = AdaptedCLIP(load_clip('pico', 'random')[0], n_experts=6, rank=4, top_k=3), Usage()
-    model.add_task(); model.train()
-    for n in (5, 8): model.encode_image(torch.randn(n, 3, 32, 32), 0, probe=usage)
-    assert len(usage.counts) == 4 and all(c.sum() == 3 * 13 for c in usage.counts.values())
+    net, seen = AdaptedCLIP(load_clip('pico', 'random')[0], n_experts=6, rank=4, top_k=3), Usage()
+    net.add_task(); net.train()
+    for n in (5, 8): net.encode_image(torch.randn(n, 3, 32, 32), 0, probe=seen)
+    assert len(seen.counts) == 4 and all(c.sum() == 3 * 13 for c in seen.counts.values())
 
 
 def test_a_window_is_what_happened_in_it():
