@@ -7,15 +7,6 @@ from moe_merge_nb.run.report import *
 from moe_merge_nb.learn.results import example_result
 
 
-def test_every_figure_notebook_takes_the_reports_runs_once():
-    for p in figure_notebooks():
-        cells = section(nbformat.read(p, as_version=4))
-        sources = [c.source for c in cells]
-        assert sources.count('runs = given') == 1 and 'measured()' not in '\n'.join(sources), p
-        assert cells[0].cell_type == 'markdown' and cells[0].source.startswith('## '), p
-        assert not any('$' in c.source for c in cells if c.cell_type == 'markdown'), p
-
-
 def test_page_shows_outputs_without_inputs_and_needs_nothing_from_elsewhere():
     cell = new_code_cell('secret = 1', outputs=[nbformat.v4.new_output('stream', name='stdout', text='shown')])
     nb = new_notebook(cells=[new_markdown_cell('## A section\n\n> what it is'), cell])

@@ -15,9 +15,9 @@ def test_fixed_experts_never_decrease():
         assert (grown >= 0).all(axis=None) and (grown <= 2).all(axis=None)
 
 
-def test_usage_is_a_share_of_sequences():
+def test_usage_is_a_share_of_selections():
     rows = pd.DataFrame(dict(after='a', tower='image', block=0, expert=range(4), count=[10, 30, 0, 40]))
     shown = [t.get_text() for t in plot_usage(rows, 'a', 'image').texts]
-    assert shown == ['25', '75', '0', '100'] # 40 sequences, two experts each
+    assert shown == ['12', '38', '0', '50'] # of 80
     with pytest.raises(ValueError, match="there is .'a'"): plot_usage(rows, 'b', 'image')
     plt.close('all')

@@ -20,6 +20,7 @@ from .share import all_open, save
 from .theirs import sizes
 from ..safe.checkpoint import fill
 from ..safe.files import read_text
+from ..safe.shown import shown
 
 # %% ../../nbs/run/14_released.ipynb #e17f5ba6
 def _names_of_block(i, block, n_experts, n_tasks):
@@ -179,6 +180,7 @@ def convert(
     return model
 
 # %% ../../nbs/run/14_released.ipynb #13b95d24
+@shown
 def main(argv:Sequence[str]|None=None)->int:
     "Entry point of `moe-merge-convert`."
     args = parser().parse_args(argv)
