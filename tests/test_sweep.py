@@ -13,12 +13,12 @@ from moe_merge_nb.run.sweep import at_once, side_by_side
 from moe_merge_nb.safe.checkpoint import read_tree
 from test_cli_process import TINY, Server
 
-def until(condition, seconds=100):
+def until(condition, seconds=300):
     "Wait for it."
     end = time.time() + seconds
     while not condition():
         assert time.time() < end
-        time.sleep(.05)
+        time.sleep(.1)
 
 def alive(pid):
     "Does the process work? (one that is gone but that nobody has asked for does not)"
@@ -110,8 +110,8 @@ SWEEP = [
     *TINY,
     'seed=0,1',
     'experts.top_k=2,5',
-    'train.iterations=60',
-    'save_every=4',
+    'train.iterations=100',
+    'save_every=5',
     'selectors=[oracle]',
     'hydra/launcher=processes',
     'hydra.launcher.n_jobs=2']
