@@ -6,7 +6,7 @@
 __all__ = ['SIGNALS', 'PROGRAM', 'value_of', 'work', 'Worker', 'hired', 'how_it_ended', 'Team', 'leave', 'ask', 'kill',
            'side_by_side', 'sendable', 'Task', 'at_once', 'Processes']
 
-# %% ../../nbs/run/15_sweep.ipynb #ce964d4d
+# %% ../../nbs/run/15_sweep.ipynb #2e71cb32
 import os
 import signal
 import subprocess
@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from .line import HOW
 from ..safe.guard import Stop
 
-# %% ../../nbs/run/15_sweep.ipynb #3ef2262c
+# %% ../../nbs/run/15_sweep.ipynb #5d7fe25b
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def _end_with(parent):
@@ -61,7 +61,7 @@ def work(
     except (EOFError, OSError): sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt: sys.exit(128 + signal.SIGINT)
 
-# %% ../../nbs/run/15_sweep.ipynb #ef35428f
+# %% ../../nbs/run/15_sweep.ipynb #6bf28ace
 PROGRAM = '; '.join([
     'import sys',
     'sys.path[:] = sys.argv[3:]',
@@ -96,7 +96,7 @@ def hired(task:Callable)->Worker: # can be pickled
     worker.give(None, (task, sys.argv))
     return worker
 
-# %% ../../nbs/run/15_sweep.ipynb #abed6373
+# %% ../../nbs/run/15_sweep.ipynb #4ff37e91
 def how_it_ended(code:int)->str: # of a process
     "In words."
     if code >= 0: return f'its process ended with exit code {code}'
@@ -135,7 +135,7 @@ class Team:
         self.values[worker.job] = value
         self.next_job(worker)
 
-# %% ../../nbs/run/15_sweep.ipynb #ea3d4c81
+# %% ../../nbs/run/15_sweep.ipynb #8539ceb9
 def leave(
     team:Team,
     worker:Worker, # has ended
@@ -162,7 +162,7 @@ def kill(team:Team):
     for worker in team.workers: worker.process.kill()
     for worker in team.workers: worker.process.wait()
 
-# %% ../../nbs/run/15_sweep.ipynb #8acd7396
+# %% ../../nbs/run/15_sweep.ipynb #1d1dc367
 def side_by_side(
     task:Callable, # of one argument; can be pickled, as can jobs and values
     jobs:Sequence,
@@ -182,7 +182,7 @@ def side_by_side(
     finally: kill(team)
     return [team.values[i] for i in range(len(jobs))]
 
-# %% ../../nbs/run/15_sweep.ipynb #5afd548c
+# %% ../../nbs/run/15_sweep.ipynb #52e91558
 def sendable(config:DictConfig)->DictConfig: # of a sweep
     "What it says of Hydra, without classes, and with the times that it has looked up."
     plain = OmegaConf.create(dict(hydra=OmegaConf.to_container(config.hydra)))
@@ -211,7 +211,7 @@ class Task:
             keys = dict(job_dir_key='hydra.sweep.dir', job_subdir_key='hydra.sweep.subdir')
             return run_job(self.function, config, hydra_context=context, **keys).return_value
 
-# %% ../../nbs/run/15_sweep.ipynb #caf71d56
+# %% ../../nbs/run/15_sweep.ipynb #4b398712
 def at_once(
     n_jobs:int, # as it is set; -1: one per core
     n:int, # jobs there are
@@ -225,11 +225,19 @@ class Processes(Launcher):
     "`hydra/launcher=processes`: jobs side by side."
     def __init__(self, n_jobs:int=-1): self.n_jobs = n_jobs
 
-    def setup(self, *, hydra_context, task_function, config):
+    def setup(self,
+        *,
+        hydra_context:HydraContext,
+        task_function:TaskFunction,
+        config:DictConfig, # of the sweep
+    ):
         "What is to be run."
         self.task = Task(task_function, sendable(config))
 
-    def launch(self, job_overrides, initial_job_idx):
+    def launch(self,
+        job_overrides:Sequence[Sequence[str]], # arguments of each job
+        initial_job_idx:int,
+    )->list[JobReturn]:
         "Run all."
         jobs = [(initial_job_idx + i, list(o)) for i, o in enumerate(job_overrides)]
         values = side_by_side(self.task, jobs, at_once(self.n_jobs, len(jobs)))
