@@ -32,10 +32,10 @@ demo: install
 PAGES := $(BIN)/nbdev_test --n_workers 2 --timing
 test: install
 	$(PAGES) --folder_re 'nbs/[1-5]_\w+$$'
-	$(PAGES) --folder_re 'nbs/([6-9]|1\d)_\w+$$' --skip_file_re '^index'
-	$(PAGES) --folder_re 'nbs/(cost|figures)$$' --skip_file_re '^index'
-	$(PAGES) --folder_re 'nbs/run$$' --skip_file_re '^index'
-	$(PAGES) --folder_re 'nbs/safe$$' --skip_file_re '^index'
+	$(PAGES) --folder_re 'nbs/([6-9]|1\d)_\w+$$' --skip_file_re '^(index|00_tour)'
+	$(PAGES) --folder_re 'nbs/(cost|figures)$$' --skip_file_re '^(index|00_tour)'
+	$(PAGES) --folder_re 'nbs/run$$' --skip_file_re '^(index|00_tour)'
+	$(PAGES) --folder_re 'nbs/safe$$' --skip_file_re '^(index|00_tour)'
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lab: install

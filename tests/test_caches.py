@@ -19,7 +19,7 @@ from moe_merge_nb.safe.content import content
 from moe_merge_nb.select.select import Latest, Oracle
 from moe_merge_nb.streams.tasks import Images, toy_stream
 
-STREAM = toy_stream(2)
+STREAM = toy_stream(2, n_test=8)
 
 class Mine(Expert):
     "Has all that decides an answer and is no parameter"
@@ -72,7 +72,7 @@ def row(model, cache=None, tokenizer=TOKENIZER, stream=STREAM):
 def features(model, cache, tokenizer=TOKENIZER, stream=STREAM):
     "All that an evaluation asks for"
     e = Encoder(model, tokenizer, cache)
-    index, asked = torch.arange(24), [-1, 0, 1]
+    index, asked = torch.arange(8), [-1, 0, 1]
     texts = [e.classes(t, s) for t in stream for s in asked]
     return torch.cat([*texts, *(e.images(t, index, s) for t in stream for s in (0, 1))]), e.passes
 
@@ -154,7 +154,7 @@ def test_what_cannot_be_looked_into_is_never_kept(tmp_path):
 def test_a_bank_with_exchanged_columns_is_another_model():
     model, cache = model_of(), Cache()
     row(model, cache)
-    for swap in ([1, 0, 3, 2], [2, 3, 0, 1]):
+    for swap in ([1, 0, 3, 2],):
         new = [replace(b, column_to_expert=b.column_to_expert[:, swap]) for b in banks(model)]
         small = with_banks(model, new)
         assert row(small, cache)[0] == row(small)[0]

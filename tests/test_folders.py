@@ -69,6 +69,7 @@ def test_the_two_spellings_of_unicode_are_one_name(tmp_path, read):
     a, b = read(one), read(other)
     assert a.names == b.names == [NFC] and classes_of(a) == classes_of(b) == [('cafz', NFC)]
     assert a[0].train.labels.tolist() == b[0].train.labels.tolist()
+    assert a.info == b.info
     assert [Path(f).read_bytes() for f in a[0].train.paths] == [Path(f).read_bytes() for f in b[0].train.paths]
     assert read(other, [NFC]).names == read(one, [NFD]).names == [NFC]
 

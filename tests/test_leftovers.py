@@ -16,6 +16,7 @@ from moe_merge_nb.safe.checkpoint import write_tree
 from moe_merge_nb.safe.files import check_writable, keep_newest, read_text, replacing, write_text
 from moe_merge_nb.safe.guard import LOCK, OWNER, locked, owner
 from moe_merge_nb.streams import mini as page
+from moe_merge_nb.streams.images import saved_few_shot
 from moe_merge_nb.streams.tasks import toy_stream
 
 QUICK = Method('moe', train=Train(iterations=2, batch=4, warmup=0))
@@ -81,10 +82,10 @@ def test_a_cache_keeps_the_files_that_were_written_last(tmp_path):
 
 def test_the_drawn_images_of_a_ninth_seed_take_the_place_of_the_first(tmp_path):
     for seed in range(10):
-        path = tmp_path/f'mini-v2-seed{seed}-20-2.npz'
+        path = tmp_path/f'mini-v2-seed{seed}-20-2.safetensors'
         page._write(path, dict(a=np.zeros(3)))
         os.utime(path, (seed, seed))
-    assert len(everything(tmp_path)) == 8 and not (tmp_path/'mini-v2-seed0-20-2.npz').exists()
+    assert len(everything(tmp_path)) == 8 and not (tmp_path/'mini-v2-seed0-20-2.safetensors').exists()
 
 def at_once(n, f):
     "The errors of `f`, called by `n` threads."
@@ -128,3 +129,16 @@ def test_the_note_of_a_lock_is_never_opened_where_it_is_something_else(tmp_path,
     assert owner(note.parent) is None
     with locked(note.parent): assert owner(note.parent)[0] == os.getpid() and not note.is_symlink()
     assert mine.read_text() == '1 here' and not note.exists()
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    mine = tmp_path/'thesis.txt'
+    mine.write_text('mine')
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/LOCK).symlink_to(mine)
+    with pytest.raises(OSError, match='run/.lock cannot be written .*symbolic links'), locked(tmp_path/'run'): pass
+    assert mine.read_text() == 'mine'
+
+def test_a_list_of_few_shots_that_is_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path/'few.json')
+    with pytest.raises(ValueError, match='few.json is no few-shot list .*no regular file'):
+        saved_few_shot(tmp_path/'few.json', [0, 1], 1)

@@ -11,7 +11,7 @@ import torch
 from moe_merge_nb.learn.saved import load_result
 from moe_merge_nb.run import cli, command
 from moe_merge_nb.run.share import load, save
-from test_extend import FUNCTIONS, MODULES, SELECTOR
+from test_page_extend import FUNCTIONS, MODULES, SELECTOR
 
 SMALL = [
     'method=moe_merge', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=12',

@@ -111,8 +111,9 @@ def lines(start):
 
 def test_the_rule_of_the_readme_trains_and_its_sweep_runs(inside, monkeypatch, capsys):
     for line in lines('moe-merge merge.combine'): typed(monkeypatch, line, HERE['moe-merge merge.combine=my_rules'])
+    before = set(Path('runs').rglob('config.json'))
     for line in lines('moe-merge -m'): typed(monkeypatch, line, HERE['moe-merge -m'])
-    found = [json.loads(p.read_text()) for p in Path('runs').glob('sweep-*/*/config.json')]
+    found = [json.loads(p.read_text()) for p in set(Path('runs').rglob('config.json')) - before]
     assert sorted((c['method'], c['seed'], (c['merge'] or {}).get('every')) for c in found) == sorted(
         [('moe', s, None) for s in range(3)] + [('moe_merge', s, e) for s in range(3) for e in (20, 40)])
 

@@ -1,5 +1,5 @@
-"""Write the cells marked `#| test` of each notebook (or of those named) into tests/test_<module>.py, so that pytest
-runs what the page shows."""
+"""Write the cells marked `#| test` of each notebook (or of those named) into tests/test_page_<module>.py, so that pytest
+runs what the page shows. They are few and short; tests of a module are in tests/test_<module>.py, by hand."""
 import ast
 import sys
 from pathlib import Path
@@ -38,4 +38,4 @@ if __name__ == '__main__':
         made = test_source(path)
         if not made: continue
         module, source = made
-        (out/f'test_{module.replace(".", "_")}.py').write_text(source)
+        (out/f'test_page_{module.replace(".", "_")}.py').write_text(source)

@@ -25,6 +25,7 @@ from .compare import JOBS, Case, make_case, mode
 from .limits import medians, models, ratios, report
 from .memory import peak_bytes
 from ..safe.provenance import provenance
+from ..safe.shown import shown
 from ..safe.files import write_text
 
 # %% ../../nbs/cost/07_bench.ipynb #4a2c6a15
@@ -139,6 +140,7 @@ def parser()->argparse.ArgumentParser:
     return p
 
 # %% ../../nbs/cost/07_bench.ipynb #9bd395c6
+@shown
 def main(args:list[str]|None=None)->int: # 1 if a limit does not hold, 2 if ours and plain disagree
     "Entry point of `moe-merge-bench`."
     a = parser().parse_args(args)

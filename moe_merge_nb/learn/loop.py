@@ -35,6 +35,7 @@ from .train import train_task
 from ..merge.usage import usage_rows
 from ..safe.devices import alone, peak_memory
 from ..safe.doors import resolve
+from ..safe.shown import visible
 from ..select.select import Oracle, dataset_features
 from ..streams.tasks import Stream, Task
 
@@ -166,7 +167,7 @@ def tasks_left(r:Run)->Result:
 class Progress(Callback):
     "One bar for the iterations of a whole run."
     def __init__(self, bar:tqdm): self.bar = bar
-    def before_task(self, learner:Learner): self.bar.set_postfix_str(learner.task.name)
+    def before_task(self, learner:Learner): self.bar.set_postfix_str(visible(learner.task.name))
     def after_step(self, learner:Learner): self.bar.update()
 
 class Track(Callback):
@@ -188,7 +189,7 @@ def bar(r:Run)->tqdm:
     further = r.progress if isinstance(r.progress, dict) else {}
     return tqdm(
         total=n * len(r.stream), initial=n * r.done + here,
-        desc=f'{r.plan["method"]} seed {r.seed}',
+        desc=visible(f'{r.plan["method"]} seed {r.seed}'),
         disable=r.progress is False or not r.accelerator.is_main_process,
         mininterval=1, dynamic_ncols=True, **further,
     )

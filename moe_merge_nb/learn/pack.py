@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 import pandas as pd
 from .results import PAIR, TABLES, Result, field_of
-from .saved import even, in_range, load_result, read_file, text_of
+from .saved import by_cell, even, in_range, load_result, read_file, text_of
 from ..safe.files import replacing
+from ..safe.shown import cell, uncell
 
 # %% ../../nbs/6_learn/13_pack.ipynb #6fb694ba
 RUN = ('method', *PAIR, 'version')
@@ -50,7 +51,7 @@ def pack(
     columns = [*fields, 'kind', *(c for c in COLUMNS if c in df), 'value']
     for c in ('block', 'expert'): df[c] = df[c].astype('Int64') if c in df else None
     gzip = {'method': 'gzip', 'mtime': 0} if file.suffix == '.gz' else None
-    with replacing(file) as part: df[columns].to_csv(part, index=False, compression=gzip)
+    with replacing(file) as part: by_cell(df[columns], cell).to_csv(part, index=False, compression=gzip)
     return file
 
 # %% ../../nbs/6_learn/13_pack.ipynb #a049d2cf
@@ -102,7 +103,8 @@ def unpack(
 )->list[Result]: # without usage, adapters and single merge events; `count` merges per task and block instead
     "The runs in a file written by `pack`, in its order."
     file = Path(file)
-    df = read_file(file, lambda p: pd.read_csv(io.StringIO(text_of(p)), dtype=str, keep_default_na=False))
+    read = dict(dtype=str, keep_default_na=False)
+    df = read_file(file, lambda p: by_cell(pd.read_csv(io.StringIO(text_of(p)), **read), uncell))
     missing = {*RUN, 'kind', *COLUMNS, 'value'} - {*df.columns}
     if missing: raise ValueError(f'{file} lacks the columns {sorted(missing)}: it was not written by `pack`')
     keys = list(df.columns[:list(df.columns).index('kind')])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUMS', 'ADAPTERS', 'FILES', 'NUMBERS', 'WORDS', 'save_result', 'read_file', 'sums_of', 'intact', 'text_of', 'even',
-           'in_range', 'load_result']
+           'in_range', 'by_cell', 'load_result']
 
 # %% ../../nbs/6_learn/12_saved.ipynb #09ceafb4
 import gzip, hashlib, io, json, warnings
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from .results import TABLES, Result
 from ..safe.files import flush, replacing, write_json
 from ..safe.known import file_digest
+from ..safe.shown import cell, uncell
 
 # %% ../../nbs/6_learn/12_saved.ipynb #73868b2e
 SUMS = 'sha256.json' # file name -> digest
@@ -29,7 +30,7 @@ def _line(value): return json.dumps(json.loads(_dump(value))) + '\n'
 
 def _writers(result):
     "Name of each file but `config.json` -> a function that writes it to a path."
-    def table(name): return lambda p: getattr(result, name)[TABLES[name]].to_csv(p, index=False)
+    def table(name): return lambda p: by_cell(getattr(result, name)[TABLES[name]], cell).to_csv(p, index=False)
     def text(t): return lambda p: p.write_text(t, encoding='utf-8')
     def tensors(p): save_file({k: v.contiguous() for k, v in result.adapters.items()}, p)
     files = {f'{name}.csv': table(name) for name in TABLES}
@@ -136,13 +137,21 @@ def in_range(df:pd.DataFrame)->pd.DataFrame:
 # %% ../../nbs/6_learn/12_saved.ipynb #1499331c
 WORDS = ('selector', 'after', 'task', 'selected', 'tower') # columns of names
 
+def by_cell(
+    df:pd.DataFrame,
+    convert:Callable, # `cell` before writing, `uncell` after reading
+)->pd.DataFrame:
+    "`df` with its texts converted: a spreadsheet takes none for a formula."
+    texts = [c for c in df if not pd.api.types.is_numeric_dtype(df[c])]
+    return df.assign(**{c: df[c].map(convert) for c in texts})
+
 def _read_table(path, columns, sums):
     types = dict.fromkeys(WORDS, str)
     def read(p): return pd.read_csv(io.StringIO(text_of(intact(p, sums))), keep_default_na=False, dtype=types)
     df = read_file(path, read)
     missing = [c for c in columns if c not in df]
     if missing: raise ValueError(f'{path} lacks the columns {missing}: it must have {columns}')
-    return read_file(path, lambda p: in_range(even(df))[columns])
+    return read_file(path, lambda p: by_cell(in_range(even(df))[columns], uncell))
 
 def _config(value):
     "`value`, if it is a configuration: a dictionary with the names of the tasks."

@@ -8,10 +8,12 @@ __all__ = ['main']
 # %% ../../nbs/run/04_cli.ipynb #cafb41fb
 import os
 import sys
+from ..safe.shown import shown
 from .line import as_texts
 from .told import is_question, tell
 
 # %% ../../nbs/run/04_cli.ipynb #db0300ff
+@shown
 def main()->None:
     "Entry point of `moe-merge`; its arguments are Hydra's. Functions of your own are found in the working directory."
     sys.path.insert(0, os.getcwd())

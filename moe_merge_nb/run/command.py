@@ -98,3 +98,6 @@ def start()->None:
     except (ValueError, HydraException, OSError) as e:
         if asked: raise
         sys.exit(f'moe-merge: {message(e)}')
+    except KeyboardInterrupt as e:
+        print(f'moe-merge: {str(e) or "interrupted"}', file=sys.stderr)
+        sys.exit(128 + getattr(e, 'number', signal.SIGINT))

@@ -14,6 +14,8 @@ from hydra.plugins.sweeper import Sweeper
 from ..baselines.methods import method
 from .config import CHANGES
 from .job import UsageError
+from .line import LAUNCHER
+from .sweep import Processes
 
 # %% ../../nbs/run/19_jobs.ipynb #edc163f3
 PARTS = ('experts', 'freeze', 'merge', 'baseline', 'head') # of a method, or null
@@ -84,5 +86,7 @@ class DistinctJobs(Sweeper):
         return batches
 
 def take_over():
-    "Hydra uses it from now on."
-    Plugins.instance().class_name_to_class[f'{BASIC}.BasicSweeper'] = DistinctJobs
+    "Hydra uses it, and our launcher, from now on."
+    known = Plugins.instance().class_name_to_class
+    known[f'{BASIC}.BasicSweeper'] = DistinctJobs
+    known[LAUNCHER['_target_']] = Processes

@@ -73,7 +73,7 @@ def experiment_options(
     parts = ['${piece:${name}}', *(f'${{piece:${{{k}}}}}' for k in varied), 'seed${seed}']
     subdir = '-'.join(parts) + f'${{besides:{name},${{hydra.overrides.task}}}}'
     return dict(
-        defaults=['_self_', {'override /hydra/launcher': 'joblib'}],
+        defaults=['_self_', {'override /hydra/launcher': 'processes'}],
         **follows,
         hydra=dict(sweep=dict(dir=f'runs/{name}', subdir=subdir), sweeper=dict(params=params)))
 

@@ -19,6 +19,8 @@ from .describe import clip_from
 from .share import all_open, save
 from .theirs import sizes
 from ..safe.checkpoint import fill
+from ..safe.files import read_text
+from ..safe.shown import shown
 
 # %% ../../nbs/run/14_released.ipynb #e17f5ba6
 def _names_of_block(i, block, n_experts, n_tasks):
@@ -169,7 +171,7 @@ def convert(
 )->AdaptedCLIP:
     "Convert file `checkpoint` to file `out`."
     if Path(out).exists() and not force: raise ValueError(f'{out} is there already: choose another name, or --force')
-    try: lines = Path(frozen).read_text(encoding='utf-8').splitlines() if frozen else ()
+    try: lines = read_text(frozen, most=10_000_000).splitlines() if frozen else ()
     except UnicodeDecodeError as e: raise ValueError(f'{frozen} is no UTF-8 text file ({e})') from e
     model = from_moe_adapters4cl(read_checkpoint(checkpoint), frozen=lines, **options)
     digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
@@ -178,6 +180,7 @@ def convert(
     return model
 
 # %% ../../nbs/run/14_released.ipynb #13b95d24
+@shown
 def main(argv:Sequence[str]|None=None)->int:
     "Entry point of `moe-merge-convert`."
     args = parser().parse_args(argv)

@@ -108,7 +108,7 @@ def as_file(cfg:DictConfig)->str:
 HELP = '''moe-merge {version}: learn a stream of tasks with a mixture of experts, merged or not
 
   moe-merge NAME=VALUE ...            one run
-  moe-merge -m NAME=VALUE,VALUE ...   a sweep: every combination; hydra/launcher=joblib runs jobs side by side
+  moe-merge -m NAME=VALUE,VALUE ...   a sweep: every combination; hydra/launcher=processes runs jobs side by side
   moe-merge --help NAME=VALUE ...     this page for that run; --cfg job: as a file; --hydra-help: what Hydra knows
 
 Choices (package.module.name of your own for stream, model, method)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from filelock import FileLock, Timeout
-from .files import check_writable, read_text, sweep, write_text
+from .files import check_writable, not_written, read_text, sweep, write_text
 
 # %% ../../nbs/safe/04_guard.ipynb #6fd183a7
 LOCK, OWNER = '.lock', '.lock.owner'
@@ -50,6 +50,7 @@ def locked(
     except Timeout:
         by = f'process {who[0]} on {who[1]}' if who else 'another process'
         raise InUse(f'{d} is in use by {by}: wait for it, end it, or choose another directory') from None
+    except OSError as e: raise not_written(d/LOCK, e) from e                    # it is a link, for instance
     try:
         write_text(d/OWNER, f'{os.getpid()} {socket.gethostname()}')
         sweep(d, age=0)

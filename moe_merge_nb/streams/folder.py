@@ -121,7 +121,7 @@ def _digest(content): return hashlib.sha256(json.dumps(content).encode()).hexdig
 def _fingerprint(root, found, tasks):
     "Of the names and contents of the good files, the class names and the templates."
     good = [(f, seen.sha256) for f, (seen, reason) in found.items() if reason is None]
-    files = sorted((os.path.relpath(f, root), sha256) for f, sha256 in good)
+    files = sorted((spelled(os.path.relpath(f, root)), sha256) for f, sha256 in good)
     return _digest([files, sorted((t.name, t.classes, t.templates) for t in tasks)])
 
 def _made(task, splits, found, size, few):

@@ -21,7 +21,7 @@ import numpy as np
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image, UnidentifiedImageError
 from torchvision import transforms as T
-from ..safe.files import write_json
+from ..safe.files import read_text, write_json
 
 # %% ../../nbs/1_streams/07_images.ipynb #af0b80d3
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM', 'AVIF', 'HEIF') # what is read, as Pillow names it
@@ -185,9 +185,9 @@ def _read_list(path, want, labels):
     "The positions in `path`, checked."
     remedy = 'delete it to have a new list drawn, or name another file'
     try:
-        have = json.loads(path.read_text(encoding='utf-8'))
+        have = json.loads(read_text(path, most=50_000_000))
         keep = [index(i) for i in have['positions']]
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f'{path} is no few-shot list ({e!r}); {remedy}') from e
     for key, value in want.items():
         if have.get(key) == value: continue

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
+from ..safe.shown import shown
 from .datasets import Found, find, image_name
 from .miniature import miniature
 from .sources import ARCHIVES, MTIL
@@ -173,6 +174,7 @@ def _run(args):
     print(f'\n{len(bad)} of {len(found)} are not complete.' + advice*looking)
     return 1
 
+@shown
 def main(
     argv:Sequence[str]|None=None, # arguments; None: those of the command line
 )->int: # exit code: 0 if everything asked for is complete

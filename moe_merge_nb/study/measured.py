@@ -16,6 +16,7 @@ from ..baselines.methods import METHODS
 from ..learn.results import PAIR, Result, example_result, field_of
 from ..learn.saved import load_result, save_result
 from ..learn.pack import load_results, pack, unpack
+from .words import number
 
 # %% ../../nbs/11_study/08_measured.ipynb #fed8f59b
 def moes(
@@ -132,5 +133,5 @@ def about(runs:list[Result])->str:
     unique = lambda name: sorted({str(r.config.get(name)) for r in runs})
     streams, methods = unique('stream'), dict.fromkeys(r.config['method'] for r in runs)
     made = 'INVENTED NUMBERS, to show the form of the figure: ' if 'example' in streams else ''
-    return (f"{made}{len(runs)} runs, stream {', '.join(streams)}, methods {', '.join(methods)}, "
-            f"seeds {', '.join(unique('seed'))}, {len(runs[0].config['tasks'])} tasks")
+    return (f"{made}{number(len(runs), 'run')}, stream {', '.join(streams)}, methods {', '.join(methods)}, "
+            f"seeds {', '.join(unique('seed'))}, {number(len(runs[0].config['tasks']), 'task')}")

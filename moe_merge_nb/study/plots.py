@@ -50,9 +50,9 @@ def plain(
     return ax
 
 # %% ../../nbs/11_study/01_plots.ipynb #29023a80
-def _heat(values, cmap, ax, **kwargs):
+def _heat(values, cmap, ax, size=8, **kwargs):
     "Numbers on colours: the look of every heat map here."
-    style = dict(cbar=False, linewidths=.5, linecolor='white', annot_kws={'size': 8})
+    style = dict(cbar=False, linewidths=.5, linecolor='white', annot_kws={'size': size})
     sns.heatmap(values, cmap=cmap, ax=ax, **style, **kwargs)
     ax.tick_params(length=0)
     ax.tick_params(axis='y', rotation=0)
@@ -73,6 +73,7 @@ def plot_matrix(
     A:np.ndarray, # (T, T) accuracies in %; row: after task, column: tested task
     tasks:list[str], # T names
     ax:plt.Axes|None=None,
+    size:int=8, # of the numbers, points
 )->plt.Axes:
     "Heat map of an accuracy matrix: grey where the task has not been trained yet, diagonal outlined."
     A, T = np.asarray(A, dtype=float), len(tasks)
@@ -80,7 +81,7 @@ def plot_matrix(
     ax = on_axes(ax, (1.6 + .5*T, 1.2 + .4*T))
     unseen = np.triu(np.ones((T, T), bool), 1)
     for cmap, mask in (('Blues', unseen), ('Greys', ~unseen)):
-        _heat(A, cmap, ax, vmin=0, vmax=125, mask=mask, annot=True, fmt='.0f')
+        _heat(A, cmap, ax, size, vmin=0, vmax=125, mask=mask, annot=True, fmt='.0f')
     for t in range(T): _outline(ax, t, t)
     for axis in 'xy': _names(ax, axis, tasks)
     ax.set(xlabel='tested on', ylabel='after training on')
@@ -153,17 +154,16 @@ def plot_usage(
     after:str, # name of a task
     tower:str, # 'image' | 'text'
     ax:plt.Axes|None=None,
-    top_k:int=2, # experts per sequence
 )->plt.Axes:
-    "Share in % of the sequences of one task's training that selected each expert: block by expert."
+    "How the selections of one task's training were spread over the experts of each block, in %."
     rows = usage[(usage.after == after) & (usage.tower == tower)]
     if rows.empty:
         raise ValueError(f'no usage of the {tower} tower after {after!r}: there is {sorted(set(usage.after))}')
     counts = rows.pivot(index='expert', columns='block', values='count')
     ax = on_axes(ax, (1.5 + .45*counts.shape[1], 1 + .2*len(counts)))
-    share = 100*top_k*counts/counts.sum()
+    share = 100*counts/counts.sum()
     _heat(share, 'YlGnBu', ax, vmin=0, vmax=100, annot=len(counts) <= 24, fmt='.0f')
-    ax.set(xlabel=f'block of the {tower} tower', ylabel='expert', title=f'{after}: sequences in % per expert')
+    ax.set(xlabel=f'block of the {tower} tower', ylabel='expert', title=f'{after}: selections in %')
     ax.title.set_size(10)
     return ax
 
@@ -202,7 +202,7 @@ def plot_merges(
         target, *sources = (blocks.index(e['block']) + (k + 1)/(E + 1) for k in (e['target'], *e['sources']))
         _draw_merge(ax, x, target, sources)
     _bands(ax, tasks, blocks)
-    ax.set_xlabel(f'time ({N} iterations per task); blue: sources, red: overwritten')
+    ax.set_xlabel(f'time ({N} iterations per task); blue: sources, orange: overwritten')
     ax.set_ylabel(f'block of the {tower} tower')
     return ax
 

@@ -17,6 +17,7 @@ from ..learn.metrics import mtil_metrics
 from ..learn.results import PAIR, Result, accuracy_matrix, field_of, selectors, summary
 from ..learn.pack import load_results
 from .plots import METHOD_COLOURS, OTHER, on_axes, plain
+from .words import number
 
 # %% ../../nbs/11_study/02_tables.ipynb #82036083
 METRICS = ['Transfer', 'Average', 'Last']
@@ -126,7 +127,7 @@ def plot_methods(
         ax.errorbar(row['mean'], y, xerr=row['se'], **style, color=METHOD_COLOURS.get(method, OTHER))
     ax.set_yticks(range(len(s)), [' '.join(map(str, n)) if isinstance(n, tuple) else n for n in s.index])
     ax.set(ylim=(len(s) - .5, -.5), xlabel=f'{metric} in %')
-    ax.set_title(f'n = {s["n"].min():.0f} seeds' if s['n'].nunique() == 1 else '', size=9)
+    ax.set_title(number(int(s['n'].min()), 'run') if s['n'].nunique() == 1 else '', size=9)
     return ax
 
 # %% ../../nbs/11_study/02_tables.ipynb #04ebfcac
