@@ -72,7 +72,7 @@ def test_an_edited_rule_is_another_run_and_the_old_one_is_named(here, capsys):
     assert f"finished on {first.config['finished']}, not run again: run" in capsys.readouterr().err
     (here/'r.py').write_text(RULE.replace('sum(', '-50*sum('))
     forget('r')
-    with pytest.raises(UsageError, match=r"another sources.r.f \('\w{39}\.\.\.\w{11}', not '\w+"):
+    with pytest.raises(UsageError, match=r"another sources.r.f \(its file was edited since"):
         finished(*MERGE, 'merge.combine=r.f')
     there = finished(*MERGE, 'merge.combine=r.f', d='edited')
     assert any(not torch.equal(w, there.adapters[k]) for k, w in first.adapters.items())

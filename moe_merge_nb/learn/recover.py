@@ -120,7 +120,10 @@ def differences(
     old = _flat({k: there[k] for k in plan if k in there and there[k] != plan[k]})
     new = _flat({k: v for k, v in plan.items() if k not in there or there[k] != v})
     both = {k: (old.get(k, ...), new.get(k, ...)) for k in [*new, *(k for k in old if k not in new)] if k}
-    return [f'{k} ({_shown(a)}, not {_shown(b)})' for k, (a, b) in both.items() if a != b]
+    said = {k: f'{_shown(a)}, not {_shown(b)}' for k, (a, b) in both.items() if a != b}
+    edited = [k for k in said if k.startswith('sources.') and ... not in both[k]]
+    said |= dict.fromkeys(edited, 'its file was edited since')
+    return [f'{k} ({how})' for k, how in said.items()]
 
 # %% ../../nbs/6_learn/16_recover.ipynb #410c1ffa
 def belongs(

@@ -75,7 +75,7 @@ def read_file(
     try: return read(path)
     except Exception as e:
         why = f'{type(e).__name__}: {e}'
-        raise ValueError(f'{path} cannot be read ({why}); run it again or remove the directory') from e
+        raise ValueError(f'{path} cannot be read ({why}); remove the directory and run it again') from e
 
 def _dicts(values):
     "`values`, if all of them are dictionaries."

@@ -107,7 +107,8 @@ def combined(
         with drawing(torch.initial_seed(), *where.numbers):
             state = combine(states, counts, base, **accepted(combine, dict(where=where)))
     except Exception as e:
-        hint = '; base is None: it needs experts.shared_init=true and merge.align=false' if base is None else ''
+        none = base is None and 'NoneType' in str(e)
+        hint = '; base is None: it needs experts.shared_init=true and merge.align=false' if none else ''
         raise RuleFailed(f'{name} failed with {type(e).__name__}: {e} ({where}){hint}') from e
     check_state(state, states[0], f'{name} ({where})')
     return state

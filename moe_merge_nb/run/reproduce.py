@@ -45,7 +45,10 @@ def same_data(
     config:dict, # of a result
     stream:Stream,
 )->Stream: # the same
-    "ValueError names a task whose images or words are not those that the result was made of."
+    "ValueError names tasks, images or words that are not those that the result was made of."
+    if stream.names != config['tasks']:
+        raise ValueError(f'the tasks are {stream.names}, those of the run {config["tasks"]}: give the same folders '
+                         '(root=FOLDER), or make the run anew')
     said = config.get('data_sha256') or {}
     odd = [task for task, found in identity(stream, strict=False).items() if found != (said.get(task) or found)]
     if not odd: return stream
