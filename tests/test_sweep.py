@@ -133,7 +133,7 @@ def at_work(folder, pid, before=(0, 0)):
 
 def is_left(folder, workers):
     "Processes, locks and shared memory that are still there."
-    found = [w for w in workers if alive(w)] + [r for r in runs(folder) if (r/'.lock.owner').exists()]
+    found = [w for w in workers if alive(w)]
     for r in runs(folder):
         with FileLock(r/'.lock', timeout=0): pass
     shared = [p.name for p in Path('/dev/shm').iterdir()] if Path('/dev/shm').is_dir() else []
