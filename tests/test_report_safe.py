@@ -7,13 +7,14 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+import mistune
 import nbformat.v4 as v4
 import pandas as pd
 import pytest
 from moe_merge_nb.learn.results import example_result
 from moe_merge_nb.learn.saved import save_result
 from moe_merge_nb.run.report import NOTEBOOKS, page
-from moe_merge_nb.safe.shown import visible
+from moe_merge_nb.safe.shown import plain_markdown, visible
 from moe_merge_nb.study.words import Said, frame_html
 
 RUN = 'document.body.dataset.attacked=1'
@@ -70,6 +71,12 @@ def test_no_element_and_no_attribute_comes_from_a_name(name):
     found, plain = Structure(shown_with(name)), Structure(shown_with('plain'))
     assert found.elements == plain.elements
     assert visible(name) in found.text.replace('\xa0', ' ')
+
+@pytest.mark.parametrize('name', ATTACKS)
+def test_a_name_in_the_card_of_shared_adapters_is_text(name):
+    def card(n): return Structure(mistune.html(f'| | |\n|---|---|\n| tasks | {plain_markdown(n)} |\n'))
+    cards = card(name), card('moe_merge')
+    assert cards[0].elements == cards[1].elements and ' '.join(visible(name).split()) in cards[0].text
 
 
 # ---- a whole report
