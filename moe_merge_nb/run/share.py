@@ -27,6 +27,7 @@ from .header import FILE, KEY, check_digest, check_header, header_of, header_of_
 from ..safe.checkpoint import checksum, fill
 from ..safe.doors import sources
 from ..safe.files import replacing, write_json
+from ..safe.shown import plain_markdown
 from ..streams.tasks import Task
 
 # %% ../../nbs/run/12_share.ipynb #d06574ad
@@ -208,11 +209,12 @@ def _rows(shared):
         'backbone': shared.how['name'] or 'in the file',
         'pretrained': shared.how['pretrained'] or '-',
         'experts': f'{c["n_experts"]} of rank {c["rank"]} in {len(moes)} blocks, {frozen} frozen',
-        'tasks': ', '.join(t.name for t in shared.tasks) or shared.model.n_tasks}
+        'tasks': ', '.join(t.name for t in shared.tasks) or str(shared.model.n_tasks)}
 
 @patch
 def generate_model_card(self:Shared, **kwargs):
     "The card of the Hub's page: what the file holds, in a table."
-    filled = {'title': 'Adapters', 'rows': _rows(self), **kwargs}
+    rows = {name: plain_markdown(value) for name, value in _rows(self).items()}
+    filled = {'title': 'Adapters', 'rows': rows, **kwargs}
     data = self._hub_mixin_info.model_card_data
     return huggingface_hub.ModelCard.from_template(data, template_str=CARD, **filled)

@@ -180,7 +180,8 @@ def check_compiled(path:Path): # of a source file that was imported
     copy = compiled(path)
     if path.suffix != '.py' or not copy.is_file(): return
     if marshal.loads(copy.read_bytes()[16:]) == compile(path.read_bytes(), path, 'exec', dont_inherit=True): return
-    raise ValueError(f'{copy} was compiled from another {path.name}, and may be at work here: remove it and start again')
+    raise ValueError(f'{copy} was compiled from another {path.name} and may be at work here: '
+                     'remove it and start again')
 
 # %% ../../nbs/safe/08_doors.ipynb #800207da
 def written(
