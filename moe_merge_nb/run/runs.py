@@ -74,6 +74,7 @@ def distinguish(
         own = told_apart([_of(r, DECIDES) for r in group], [_digest(r, 'sources') for r in group], 'functions')
         for r, o in zip(group, own):
             said = {**o, **common[id(r)]}
+            r.config['learned_by'] = method
             r.config['method'] = ' '.join([method, *(f'{k}={v}' for k, v in said.items())])
     return results
 
@@ -116,14 +117,22 @@ def check_data(
                              f'({r.config.get("data_seed")}). Make one report for each')
 
 # %% ../../nbs/run/06_runs.ipynb #935afc26
+def _kept(found):
+    "The complete runs, each once; the others are named"
+    kept = {}
+    for where, r in found:
+        same = r.config.get('config_hash') or id(r) # the hash of its plan
+        if not _complete(r): print(f'left out, not complete: {where}', file=sys.stderr)
+        elif same in kept: print(f'left out, the same run as {kept[same][0]}: {where}', file=sys.stderr)
+        else: kept[same] = where, r
+    return [r for _, r in kept.values()]
+
 def load_runs(
     paths:Sequence[str|Path], # run directories, folders of them and packed files
 )->list[Result]:
     "The complete runs in `paths`; ValueError if there are none, or they learned different tasks."
     found = [x for p in paths for x in _read(p)]
-    for where, r in found:
-        if not _complete(r): print(f'left out, not complete: {where}', file=sys.stderr)
-    results = [r for _, r in found if _complete(r)]
+    results = _kept(found)
     if not results:
         raise ValueError(f'none of {number(len(found), "run")} in {", ".join(map(str, paths))} is complete')
     if len({tuple(r.config['tasks']) for r in results}) > 1:

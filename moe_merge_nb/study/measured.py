@@ -8,6 +8,7 @@ __all__ = ['FOLDER', 'FIELDS', 'CHOICES', 'MADE', 'STUDY', 'moes', 'frozen_last'
 
 # %% ../../nbs/11_study/08_measured.ipynb #165d8f29
 import tempfile
+import warnings
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -51,7 +52,8 @@ def _zip(result, file):
 
 def _unzip(file):
     "The result in a file that `_zip` wrote."
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory() as d, warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*sha256.json is missing') # some were stored before there was one
         ZipFile(file).extractall(d)
         return load_result(d, adapters=True)
 
