@@ -92,4 +92,4 @@ def test_packed_runs_of_before_are_all_kept(tmp_path):
 def test_pictures_keep_their_size_on_a_narrow_page():
     style = (files('moe_merge_nb')/'data'/'report.html').read_text(encoding='utf-8')
     narrow = re.search(r'@media \(max-width: 60rem\) \{\s*img \{max-width: none\}', style)
-    assert narrow and '.jp-OutputArea-output {overflow-x: auto}' in style
+    assert narrow and '.jp-RenderedImage, .jp-OutputArea-output {overflow-x: auto}' in style

@@ -21,6 +21,7 @@ def _comparable(value):
 def _dotted(method):
     "{'merge.every': value} of one method."
     settings, found = asdict(method), {}
+    settings['train']['warmup'] = method.train.n_warmup                            # None stands for a tenth
     for part in PARTS:
         value = settings[part]
         if not isinstance(value, dict): found[part] = value
