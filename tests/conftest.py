@@ -6,6 +6,7 @@ import ctypes
 import ctypes.util
 import gc
 import os
+import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -14,6 +15,9 @@ ALWAYS = dict(deadline=None, database=None, suppress_health_check=SLOW)
 settings.register_profile('ci', max_examples=30, derandomize=True, **ALWAYS)
 settings.register_profile('hunt', max_examples=2000, **ALWAYS)
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'ci'))
+
+# a shell that runs this in its background has Ctrl-C ignored, and all that is started here would inherit that
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope='module')
