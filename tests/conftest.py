@@ -27,3 +27,12 @@ def memory_is_given_back():
     gc.collect()
     trim = getattr(ctypes.CDLL(ctypes.util.find_library('c')), 'malloc_trim', None)     # glibc only
     if trim: trim(0)
+
+
+@pytest.fixture(autouse=True)
+def environment_is_as_it_was():
+    "What a test sets in os.environ, or the code it calls, is gone before the next: processes would inherit it."
+    before = {k: v for k, v in os.environ.items() if k != 'PYTEST_CURRENT_TEST'}
+    yield
+    for k in set(os.environ) - set(before) - {'PYTEST_CURRENT_TEST'}: del os.environ[k]
+    os.environ.update(before)
