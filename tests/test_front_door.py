@@ -48,11 +48,11 @@ def test_a_sweep_leaves_out_what_a_method_lacks_and_runs_equal_jobs_once(typed):
         ('moe', None), ('moe_merge', 1), ('moe_merge', 2)]
 
 def test_a_bad_job_says_so_in_one_line_and_the_others_go_on(typed):
-    code, out, said = typed('-m', *FEW, 'experts.n_experts=0,2', 'hydra.sweep.dir=sweep')
+    code, out, said = typed('-m', *FEW, 'experts.n_experts=0,3', 'hydra.sweep.dir=sweep')
     assert code == 1 and 'Traceback' not in said and said.endswith('1 of 2 jobs failed')
     [line] = [x for x in said.splitlines() if 'job 0 (' in x]
     assert 'experts.n_experts is 0: nothing would be trained' in line
-    assert [c['experts']['n_experts'] for c in configs('sweep').values()] == [2] and 'Last' in out
+    assert [c['experts']['n_experts'] for c in configs('sweep').values()] == [3] and 'Last' in out
 
 def test_what_no_job_has_a_use_for_is_refused():
     with pytest.raises(UsageError, match='merge.every=2 is given, but method moe has no merge'):
