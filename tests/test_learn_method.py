@@ -36,7 +36,7 @@ def test_classes_that_the_model_reads_alike_are_refused():
 
 def test_what_a_kind_of_expert_cannot_do_is_refused_before_training():
     for change, message in ((dict(merge=Merge(align=True)), 'merge.align is true with experts.expert'),
-                            (dict(merge=Merge(combine='ties')), 'needs experts.shared_init')):
+                            (dict(merge=Merge(combine='ties')), 'experts.shared_init=true')):
         method = Method('m', experts=Experts(n_experts=4, rank=2, expert='gelu'), **change)
         with pytest.raises(ValueError, match=message): check(method, toy_stream(2))
     class Linear(torch.nn.Linear):

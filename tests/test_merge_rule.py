@@ -69,7 +69,7 @@ def test_what_a_kind_cannot_do_is_refused_by_name():
             check_rule(Merge(**change), Experts(rank=2, **kinds))
     with pytest.raises(ValueError, match='merge.router .*no columns'):
         check_rule(Merge(router='mean'), Experts(rank=2, router=lambda width, n_experts: nn.Linear(width, n_experts)))
-    with pytest.raises(ValueError, match='ties.* needs experts.shared_init'):
+    with pytest.raises(ValueError, match='ties.*experts.shared_init=true'):
         check_rule(Merge(combine='ties'), Experts(rank=2))
     check_rule(Merge(combine='ties'), Experts(rank=2, shared_init=True))
 
