@@ -36,9 +36,6 @@ def for_readers(
         for data in [o['data'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]:
             data['text/markdown'] = LINK.sub(link, ''.join(data['text/markdown']))
     page = nbformat.reads(nb2str(nb), as_version=4)
-    for output in (o for c in page.cells for o in c.get('outputs', [])):
-        said = output.get('data', {})
-        if 'text/markdown' in said: said['text/markdown'] = LINK.sub(link, said['text/markdown'])
     page.metadata.language_info = {'name': 'python'}
     return TagRemovePreprocessor(enabled=True, remove_input_tags={'hide_input'}).preprocess(page, {})[0]
 
