@@ -6,6 +6,7 @@ from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.learn.learner import *
 from moe_merge_nb.learn.settings import *
+from moe_merge_nb.learn.loss import *
 from moe_merge_nb.learn.train import *
 from moe_merge_nb.baselines.icarl import *
 def taught(baseline, n_tasks=3, callbacks=(), **kw):

@@ -4,6 +4,7 @@ import pytest, torch
 from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.learn.loss import *
 from moe_merge_nb.learn.train import *
 from moe_merge_nb.learn.settings import *
 from moe_merge_nb.learn.learner import *

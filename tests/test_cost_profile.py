@@ -5,10 +5,10 @@ from moe_merge_nb.streams.tasks import toy_stream
 
 
 def test_the_backward_pass_belongs_to_where_the_forward_pass_was():
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, record_function
     big, small = torch.randn(400, 400, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     def both(inside, outside):
-        y = named('experts', lambda: inside @ inside)()
+        with record_function('experts'): y = inside @ inside
         return (y.sum() + (outside @ outside).sum()).backward()
     def share(inside, outside):
         both(inside, outside)

@@ -134,7 +134,7 @@ def test_several_processes_return_the_tables_of_one():
     def work(path):
         accelerator, cache = Accelerator(cpu=True), Cache()
         row = evaluate(*setting(), after='circles', cache=cache, accelerator=accelerator)
-        seen = [len(r.index) for (tower, _, s), r in cache.rows.items() if tower == 'image' and s < 0]
+        seen = [len(r.index) for (tower, _, s, _), r in cache.rows.items() if tower == 'image' and s < 0]
         kept = row.matrix.to_csv(), row.selection.to_csv(), seen, row.passes['images_naive']
         torch.save(kept, f'{path}/{accelerator.process_index}.pt')
     one = evaluate(*setting(), after='circles')
