@@ -1,4 +1,4 @@
-"""Hooks of callbacks that change the loss, what is trained, and what is predicted; gates that are other ones for a pass."""
+"""Callbacks that change the loss or what is trained; other gates for one pass."""
 from dataclasses import dataclass
 
 import pytest

@@ -22,7 +22,7 @@ from ..streams.tasks import Task, prompts
 from ..learn.learner import Callback, Learner, autocast
 from ..learn.sanity import check_features
 from ..learn.settings import Train
-from ..learn.train import class_logits
+from ..learn.loss import class_logits
 
 # %% ../../nbs/7_baselines/04_icarl.ipynb #528e448f
 def herding(

@@ -18,7 +18,7 @@ from ..clip.encode import encode_text
 from ..streams.tasks import Task, prompts
 from ..learn.learner import Callback, Learner, autocast
 from ..learn.settings import Train
-from ..learn.train import class_logits
+from ..learn.loss import class_logits
 
 # %% ../../nbs/7_baselines/01_lwf.ipynb #134e04c2
 def distil(

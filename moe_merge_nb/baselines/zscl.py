@@ -26,7 +26,7 @@ from ..streams.mini import DOMAINS
 from ..streams.tasks import Images, Task, normalise
 from ..learn.learner import Callback, Learner, autocast
 from ..learn.settings import Train
-from ..learn.train import class_logits
+from ..learn.loss import class_logits
 
 # %% ../../nbs/7_baselines/03_zscl.ipynb #9c1912f9
 _BLOCKS = range(0x2600, 0x27c0), range(0x1f300, 0x1f650), range(0x1f680, 0x1f6d3) # named in every Python from 3.10 on

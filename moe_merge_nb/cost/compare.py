@@ -21,7 +21,8 @@ from .plain import PlainCLIP
 from ..streams.tasks import Task, prompts
 from ..learn.learner import Learner
 from ..learn.settings import Train
-from ..learn.train import class_logits, step
+from ..learn.loss import class_logits
+from ..learn.train import step
 from ..clip.tree import encode_prompts
 
 # %% ../../nbs/cost/03_compare.ipynb #5a282a43

@@ -18,7 +18,7 @@ from ..clip.tree import encode_prompts
 from .experts import is_tokenwise
 from .kinds import Experts, alone, make_expert, make_router
 from .mix import route_once
-from .moe import MoE, Routing, mixture
+from .moe import MoE, Over, Routing, mixture
 
 # %% ../../nbs/3_layer/06_adapt.ipynb #1935c7c7
 class AdaptedCLIP(nn.Module):
@@ -75,12 +75,13 @@ def adapters(self:AdaptedCLIP,
     tower:str, # 'image' or 'text'
     task:int, # whose routers
     probe:Callable[[Routing], None]|None=None,
+    over:Over|None=None, # gates of this pass, in place of the layers'
 )->list[Adapter]: # one per block of the tower; none without experts
     "What runs beside the MLPs. ValueError for a task that has no routers."
     if self.moes and not 0 <= task < self.n_tasks:
         raise ValueError(f'task is {task}, but {self.n_tasks} tasks have routers: '
                          f'choose 0 ... {self.n_tasks - 1}, or None for plain CLIP')
-    return [partial(mixture, moe, task=task, probe=probe) for moe in self.moes if moe.tower == tower]
+    return [partial(mixture, moe, task=task, probe=probe, over=over) for moe in self.moes if moe.tower == tower]
 
 def by_task(
     encode:Callable[[Tensor, int|None], Tensor], # inputs, task -> (n, d)
@@ -100,11 +101,12 @@ def encode_image(self:AdaptedCLIP,
     images:Tensor, # (n, 3, H, W), normalised
     task:int|None|Tensor=None, # whose routers; None: plain CLIP; a tensor (n,): per image, -1 for plain CLIP
     probe:Callable[[Routing], None]|None=None, # told of every routing decision
+    over:Over|None=None, # gates of this pass, in place of the layers'
 )->Tensor: # (n, d), not normalised
     "Image features."
-    if isinstance(task, Tensor): return by_task(partial(self.encode_image, probe=probe), images, task)
+    if isinstance(task, Tensor): return by_task(partial(self.encode_image, probe=probe, over=over), images, task)
     if task is None: return self.clip.encode_image(images)
-    return encode_image(self.clip, images, self.adapters('image', task, probe))
+    return encode_image(self.clip, images, self.adapters('image', task, probe, over))
 
 @patch
 def encode_text(self:AdaptedCLIP,
@@ -112,11 +114,12 @@ def encode_text(self:AdaptedCLIP,
     task:int|None|Tensor=None, # as in `encode_image`
     probe:Callable[[Routing], None]|None=None,
     first:tuple[Tensor, Tensor]|None=None, # what `first_text` says of the same tokens, if it is known
+    over:Over|None=None, # gates of this pass, in place of the layers'
 )->Tensor: # (n, d), not normalised
     "Text features; the context is cut to the longest prompt: another order of summation (3e-6 in fp32)."
-    if isinstance(task, Tensor): return by_task(partial(self.encode_text, probe=probe), tokens, task)
+    if isinstance(task, Tensor): return by_task(partial(self.encode_text, probe=probe, over=over), tokens, task)
     if task is None: return plain_text(self.clip, tokens)
-    return encode_text(self.clip, tokens, self.adapters('text', task, probe), first=first)
+    return encode_text(self.clip, tokens, self.adapters('text', task, probe, over), first=first)
 
 # %% ../../nbs/3_layer/06_adapt.ipynb #d7722bdc
 @patch
@@ -124,13 +127,15 @@ def encode_prompts(self:AdaptedCLIP,
     tokens:Tensor, # (n, context) from the tokenizer
     task:int|None=None, # whose routers; None: plain CLIP
     probe:Callable[[Routing], None]|None=None,
+    over:Over|None=None, # gates of this pass, in place of the layers'
 )->Tensor: # (n, d), not normalised
     "Text features in evaluation, as `encode_text` gives them up to the order of summation, in a fraction of the time."
     if self.training:
         raise ValueError('encode_prompts is for evaluation, where all prompts are routed alike: '
                          'call eval() first, or use encode_text')
-    if task is None or not all(map(fits_a_tree, self.moes)): return self.encode_text(tokens, task, probe)
-    return encode_prompts(self.clip, tokens, self.adapters('text', task, probe))
+    if task is None or not all(map(fits_a_tree, self.moes)):
+        return self.encode_text(tokens, task, probe, over=over)
+    return encode_prompts(self.clip, tokens, self.adapters('text', task, probe, over))
 
 def fits_a_tree(moe:MoE)->bool:
     "Does this mixture look at token 0 to route, and then at each token alone?"

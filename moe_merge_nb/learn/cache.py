@@ -122,13 +122,13 @@ def merged(
 
 # %% ../../nbs/6_learn/06_cache.ipynb #075db03f
 def valid_rows(
-    key:tuple, # tower, source, routers s
+    key:tuple, # tower, source, routers s, other gates
     r:Rows,
     a:Versions, # when they were computed
     b:Versions, # now
 )->Rows:
     "What is left of rows from version `a` in version `b`."
-    tower, _, s = key
+    tower, _, s, *_ = key
     if s < 0: return r
     if a.routers[tower][s:s+1] != b.routers[tower][s:s+1]: return r[:0]
     changed = [x != y for x, y in zip(a.experts[tower], b.experts[tower])]
@@ -161,7 +161,7 @@ class Cache:
 # %% ../../nbs/6_learn/06_cache.ipynb #cd8d6d29
 @patch
 def keep(self:Cache,
-    key:tuple, # tower, source, routers s
+    key:tuple, # tower, source, routers s, other gates
     rows:Rows,
 ):
     "Keep `rows` if there is room, or room can be made."
@@ -180,9 +180,10 @@ def get(self:Cache,
     s:int, # whose routers, -1 for plain CLIP
     index:Tensor, # (n,) wanted rows
     compute:Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]], # rows (m,) -> values (m, ...), uses of `Rows`
+    over:Hashable=None, # other gates than the layers'
 )->tuple[Tensor, ...]: # values, each (n, ...)
     "The values of some rows; `compute` is asked for those that are not known."
-    key = tower, source, s
+    key = tower, source, s, over
     known, new = self.rows.get(key), index.unique()
     if known:
         known.asked = self.round

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn, Tensor
 from tqdm.auto import tqdm
+from ..layer.moe import Over
 from .cache import Cache
 from .features import Encoder
 from .views import (
@@ -28,17 +29,18 @@ from ..streams.tasks import Stream, Task
 # %% ../../nbs/6_learn/10_evaluate.ipynb #20301da1
 def image_features(
     s:int, # routers, or -1 for plain CLIP
+    *over:Over, # other gates than the layers', if there are
     encoder:Encoder,
     task:Task,
     plain:dict[str, Tensor], # of `plain_pass`
     chosen:dict[str, Tensor], # selector -> (N,) its answers
     index:Tensor, # (n,) of the images that `plain` is about
-)->Tensor: # (n, d) by routers, (n, F) by plain CLIP
+)->Tensor: # (n, d)
     "Features of some images."
-    if s < 0: return plain['features'][index]
+    if s < 0: return plain['embedding'][index]
     wanted = sum((c[index] == s).sum() for c in chosen.values())
     encoder.passes['images_naive'] += int(wanted)
-    return encoder.images(task, plain['index'][index], s)
+    return encoder.images(task, plain['index'][index], s, *over)
 
 # %% ../../nbs/6_learn/10_evaluate.ipynb #ac565a93
 def views_of(
@@ -48,20 +50,22 @@ def views_of(
     i:int, # index of a task
     plain:dict[str, Tensor], # of `plain_pass`
     chosen:dict[str, Tensor], # selector -> (N,) its answers
-    words:Callable[[int, int], Tensor], # task, s -> (classes, d)
+    words:Callable[..., Tensor], # task, s and, if there are others, gates -> (classes, d)
     columns:Tensor, # of `one_per_name`
 )->dict[str, tuple[Tensor, View]]: # label space -> index (n,), view
     "The images of task `i` for which some selector answered `s`, in each label space."
-    task, model = stream[i], encoder.model
+    task = stream[i]
     index = torch.stack([c == s for c in chosen.values()]).any(0).nonzero().flatten() # (n,)
     z = functools.cache(
         partial(image_features, encoder=encoder, task=task, plain=plain, chosen=chosen, index=index))
-    def logits(s):
+    def logits(s, *over):
         if s < 0: return plain['logits'][index]
-        return cosine_logits(model, z(s), encoder.classes(task, s))
-    own = View(i, s, plain['features'][index], logits)
-    among_all = partial(all_logits, model=model, own=own, z=z, words=words, n_tasks=len(stream), columns=columns)
-    return dict(task=(index, own), all=(index, View(None, s, own.features, among_all, columns=columns)))
+        return cosine_logits(encoder.model, z(s, *over), encoder.classes(task, s, *over))
+    def everybody(s, *over): return torch.cat([words(t, s, *over) for t in range(len(stream))])
+    own = View(i, s, plain['features'][index], logits, embed=z, classes=partial(encoder.classes, task))
+    among_all = partial(all_logits, model=encoder.model, own=own, words=words, n_tasks=len(stream), columns=columns)
+    every = View(None, s, own.features, among_all, columns=columns, embed=z, classes=everybody)
+    return dict(task=(index, own), all=(index, every))
 
 # %% ../../nbs/6_learn/10_evaluate.ipynb #29a26c09
 def task_views(
@@ -70,12 +74,10 @@ def task_views(
     i:int, # index of a task
     plain:dict[str, Tensor], # of `plain_pass`
     chosen:dict[str, Tensor], # selector -> (N,) its answers
-    words:Callable[[int, int], Tensor]|None=None, # task, s -> (classes, d): what is known of classes already
-    columns:Tensor|None=None, # of `one_per_name`, if they are known
+    words:Callable[..., Tensor], # see `views_of`
+    columns:Tensor, # of `one_per_name`
 )->dict[str, dict]: # label space -> {s: (index (n,), view)}
     "The images of task `i` grouped by what some selector answered, for each label space."
-    words = words or (lambda t, s: encoder.classes(stream[t], s))
-    columns = one_per_name(stream, encoder.tokenizer) if columns is None else columns
     views = {space: {} for space in LABEL_SPACES}
     for s in torch.cat(list(chosen.values())).unique().tolist():
         found = views_of(s, encoder, stream, i, plain=plain, chosen=chosen, words=words, columns=columns)
@@ -137,11 +139,11 @@ def task_counts(
     selectors:dict, # name -> selector
     predict:Callable[[View], Tensor], # view -> (n, classes)
     classes:Sequence[str], # label spaces
-    words:Callable[[int, int], Tensor], # task, s -> (classes, d)
+    words:Callable[..., Tensor], # see `views_of`
 )->Tensor: # (label spaces, selectors, 2 + tasks), int64
     "`count_right` for test images of task `i`, in every label space."
     plain, columns = plain_pass(encoder, stream[i], index), one_per_name(stream, encoder.tokenizer)
-    features, n_tasks = plain['features'], len(stream)
+    n_tasks, features = len(stream), plain['features']
     chosen = {name: answers(name, s, features, task=i, n_tasks=n_tasks) for name, s in selectors.items()}
     views = task_views(encoder, stream, i, plain=plain, chosen=chosen, words=words, columns=columns)
     first = sum(len(t.classes) for t in stream.tasks[:i]) # number of its first class
@@ -160,7 +162,6 @@ def images_of_process(
     "Which test images this process looks at: every P-th."
     if alone(accelerator): return torch.arange(n)
     return torch.arange(accelerator.process_index, n, accelerator.num_processes)
-
 def total(
     counts:Tensor,
     accelerator:Accelerator|None=None, # None: one process
@@ -211,7 +212,7 @@ def count_all(
     bar:Callable[[Stream], Iterable[Task]], # shows how far it is
 )->Tensor: # (tasks, label spaces, selectors, 2 + tasks), int64
     "`task_counts` of every task, for the test images of this process."
-    words = functools.cache(lambda t, s: encoder.classes(stream[t], s))
+    words = functools.cache(lambda t, s, *over: encoder.classes(stream[t], s, *over))
     how = dict(selectors=selectors, predict=predict, classes=classes, words=words)
     counts = torch.zeros(len(stream), len(classes), len(selectors), 2 + len(stream), dtype=torch.long)
     for i, task in enumerate(bar(stream)):

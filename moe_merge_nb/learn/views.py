@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from ..layer.moe import Over
 from .features import Encoder
 from .sanity import NotANumber
 from ..streams.tasks import Stream, Task
@@ -34,12 +35,13 @@ def plain_pass(
     encoder:Encoder,
     task:Task,
     index:Tensor|None=None, # (N,) of test images; None: all
-)->dict[str, Tensor]: # features (N, F) for selectors, labels (N,), logits (N, classes), index (N,)
+)->dict[str, Tensor]: # features (N, F) for selectors, embedding (N, d), labels (N,), logits (N, classes), index (N,)
     "What plain CLIP says of test images of `task`."
     if index is None: index = torch.arange(len(task.test))
     (features, labels), w = encoder.plain(task, index), encoder.classes(task, -1)
-    z = features[:, :w.shape[1]].to(w.device)
-    return dict(features=features, labels=labels, logits=cosine_logits(encoder.model, z, w), index=index)
+    z = features[:, :w.shape[1]]
+    logits = cosine_logits(encoder.model, z.to(w.device), w)
+    return dict(features=features, embedding=z, labels=labels, logits=logits, index=index)
 
 # %% ../../nbs/6_learn/09_views.ipynb #0184ad41
 @dataclass
@@ -48,14 +50,20 @@ class View:
     task:int|None # whose classes are told apart, index in the stream: of their own task; None: of all tasks
     s:int # the selector's answer: whose routers, or -1 for plain CLIP
     features:Tensor # (n, F) of the frozen CLIP; the embedding comes first
-    compute:Callable[[int], Tensor] # routers, or -1 -> (n, classes)
-    known:dict[int, Tensor]=field(default_factory=dict) # what has been computed
+    compute:Callable[..., Tensor] # routers, or -1, and, if there are others, gates -> (n, classes)
+    known:dict=field(default_factory=dict) # what has been computed
     columns:Tensor|None=None # among all tasks: see `one_per_name`; None: every class has a column of its own
+    embed:Callable[..., Tensor]|None=None # as `compute` -> (n, d) image features
+    classes:Callable[..., Tensor]|None=None # as `compute` -> (classes, d) unit length
 
-    def logits(self, s:int)->Tensor: # (n, classes)
-        "By the routers `s`, or by plain CLIP for -1."
-        if s not in self.known: self.known[s] = self.compute(s)
-        return self.known[s]
+    def logits(self,
+        s:int, # routers, or -1 for plain CLIP
+        over:Over|None=None, # other gates than the layers'
+    )->Tensor: # (n, classes)
+        "What these routers say of these images."
+        asked = (s,) if over is None else (s, over)
+        if asked not in self.known: self.known[asked] = self.compute(*asked)
+        return self.known[asked]
 
 # %% ../../nbs/6_learn/09_views.ipynb #524c97e6
 def routed(view:View)->Tensor: # (n, classes); the largest is the prediction
@@ -121,16 +129,16 @@ def row_name(
 # %% ../../nbs/6_learn/09_views.ipynb #b5c1e926
 def all_logits(
     s:int, # routers, or -1
+    *over:Over, # other gates than the layers', if there are
     model:nn.Module,
     own:View, # among the classes of the images' own task
-    z:Callable[[int], Tensor], # s -> (n, d or more) image features; the embedding comes first
-    words:Callable[[int, int], Tensor], # task, s -> (classes, d) unit length
+    words:Callable[..., Tensor], # task, s and, if there are others, gates -> (classes, d) unit length
     n_tasks:int,
     columns:Tensor|None=None, # see `one_per_name`; None: every class has its own
 )->Tensor: # (n, names of all tasks)
     "Logits over the classes of all tasks, in the order of the stream."
     def other(t):
-        w = words(t, s)
-        return cosine_logits(model, z(s)[:, :w.shape[1]].to(w.device), w)
-    each = torch.cat([own.logits(s) if t == own.task else other(t) for t in range(n_tasks)], 1)
+        w = words(t, s, *over)
+        return cosine_logits(model, own.embed(s, *over).to(w.device), w)
+    each = torch.cat([own.logits(s, *over) if t == own.task else other(t) for t in range(n_tasks)], 1)
     return each if columns is None else best_copy(each, columns)

@@ -75,12 +75,12 @@ class Rewritten(MoE):
         self.register_buffer('always_on', b.always_on.clone())
 
     def score(self,
-        task:int, # whose router
+        router:nn.Module, # of a task
         x0:Tensor, # (batch, width), token 0 of each sequence
     )->Tensor: # (batch, columns)
         "Logits; columns that stand for nothing are never selected."
         closed = (self.column_to_expert == 0).all(1)
-        return super().score(task, x0).masked_fill(closed, -torch.inf)
+        return super().score(router, x0).masked_fill(closed, -torch.inf)
 
     def weigh(self, gates:Tensor)->Tensor: # (batch, experts)
         "Gates of the experts that there are."

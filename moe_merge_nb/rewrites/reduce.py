@@ -31,7 +31,7 @@ from .split import unweighted
 from .statistics import Statistics, calibrate
 from ..layer.router import top_k_gates, top_p_gates
 from ..streams.tasks import Stream, Task, prompts
-from ..learn.train import class_logits
+from ..learn.loss import class_logits
 from ..learn.settings import lr_factor
 
 # %% ../../nbs/8_rewrites/11_reduce.ipynb #c407c208

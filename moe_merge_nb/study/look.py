@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..layer.experts import Expert, State, read, write
 from ..layer.moe import MoE, Routing
 from ..learn.sanity import NotANumber, bad_tensors
-from ..learn.train import class_logits
+from ..learn.loss import class_logits
 from ..merge.combine import mean
 from ..merge.usage import Block
 from .principle import matched
