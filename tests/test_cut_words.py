@@ -5,7 +5,7 @@ import torch
 from moe_merge_nb.clip.backbone import cut_off, load_clip, pico_tokenizer
 from moe_merge_nb.learn.loop import run
 from moe_merge_nb.learn.method import Method
-from moe_merge_nb.learn.method import check_words
+from moe_merge_nb.learn.checks import check_words
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.streams.mini import DOMAINS
 from moe_merge_nb.streams.tasks import Stream, Task, toy_stream

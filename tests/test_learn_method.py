@@ -7,6 +7,7 @@ from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.learn.learner import *
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.callbacks import *
+from moe_merge_nb.learn.checks import *
 from moe_merge_nb.learn.method import *
 
 

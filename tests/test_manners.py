@@ -65,6 +65,16 @@ def test_a_long_body_is_found_inside_a_function_and_in_a_method():
     assert [x for x in found(f'class Box:\n    {inner}') if 'body' in x] == ['it: count has a body of 31 lines']
     assert any('count has a body of 31 lines' in x for x in found(f'def outer()->None:\n    {inner}'))
 
+@pytest.mark.parametrize('source, n', [
+    ('#| export\n' + 'x = 1\n' * 25, 0),
+    ('#| export\n' + 'x = 1\n\n' * 25 + '# a comment\n', 0),
+    ('#| export\n' + 'x = 1\n' * 26, 1),
+    ('#| export\n' + of_lines(28), 0),                                           # one thought: its body has a limit
+    ('#| export\n' + 'import re\n' * 26, 0),
+])
+def test_an_exported_cell_has_25_lines_of_code_or_is_one_definition(source, n):
+    assert len(manners.long_cells([source], 'it')) == n
+
 @pytest.mark.parametrize('source, says', [
     ('def f(x): "Of x."', 'it: f has parameters without a type: x'),
     ('def f(\n    x:int,\n    *,\n    y,\n): "Of both."', 'it: f has parameters without a type: y'),

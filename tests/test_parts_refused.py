@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from moe_merge_nb.baselines.methods import method
 from moe_merge_nb.layer.kinds import Experts, try_out
-from moe_merge_nb.learn.method import check
+from moe_merge_nb.learn.checks import check
 from moe_merge_nb.merge.rule import Merge, check_rule
 from moe_merge_nb.safe.doors import resolve, source_digest
 from moe_merge_nb.streams.tasks import toy_stream
@@ -85,24 +85,25 @@ def test_a_file_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='that is a file; say whole_part.NAME'): resolve('whole_part', {}, 'predict')
     with pytest.raises(ValueError, match="did you mean 'gaussian'"): resolve('gausian', {'gaussian': print}, 'selector')
 
-def test_what_python_has_compiled_of_an_older_file_is_not_run(tmp_path, monkeypatch):
-    path = tmp_path/'compiled_part.py'
-    path.write_text('K = 1.0\ndef f(): return K\n')
-    monkeypatch.syspath_prepend(tmp_path)
-    py_compile.compile(str(path))
-    at = path.stat()
-    path.write_text('K = 5.0\ndef f(): return K\n')
-    os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))                             # the same size, the same second
+@pytest.fixture
+def stale(tmp_path, monkeypatch):
+    "Writes a module that says 5.0 where its compiled copy says 1.0: the same size, the same second."
+    def write(name):
+        path = tmp_path/f'{name}.py'
+        path.write_text('K = 1.0\ndef f(): return K\n')
+        monkeypatch.syspath_prepend(tmp_path)
+        py_compile.compile(str(path))
+        at = path.stat()
+        path.write_text('K = 5.0\ndef f(): return K\n')
+        os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
+    return write
+
+def test_what_python_has_compiled_of_an_older_file_is_not_run(stale):
+    stale('compiled_part')
     assert resolve('compiled_part.f', {}, 'merge.combine')() == 5.
 
-def test_an_old_compiled_copy_that_was_imported_is_named(tmp_path, monkeypatch):
-    path = tmp_path/'imported_part.py'
-    path.write_text('K = 1.0\ndef f(): return K\n')
-    monkeypatch.syspath_prepend(tmp_path)
-    py_compile.compile(str(path))
-    at = path.stat()
-    path.write_text('K = 5.0\ndef f(): return K\n')
-    os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
+def test_an_old_compiled_copy_that_was_imported_is_named(stale):
+    stale('imported_part')
     f = importlib.import_module('imported_part').f                                  # as a user's program does
     assert f() == 1.
     with pytest.raises(ValueError, match='was compiled from another imported_part.py'): source_digest(f)

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from moe_merge_nb.learn.results import example_result
 from moe_merge_nb.learn.saved import save_result
-from moe_merge_nb.run.report import NOTEBOOKS, page
+from moe_merge_nb.run.page import page
+from moe_merge_nb.run.report import NOTEBOOKS
 from moe_merge_nb.safe.shown import plain_markdown, visible
 from moe_merge_nb.study.words import Said, frame_html
 

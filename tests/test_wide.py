@@ -19,7 +19,8 @@ from moe_merge_nb.learn import loop
 from moe_merge_nb.learn.cache import Cache
 from moe_merge_nb.learn.callbacks import FreezeMostUsed, MergeMostUsed
 from moe_merge_nb.learn.loop import run
-from moe_merge_nb.learn.method import Method, check
+from moe_merge_nb.learn.checks import check
+from moe_merge_nb.learn.method import Method
 from moe_merge_nb.learn.metrics import mtil_metrics
 from moe_merge_nb.learn.results import accuracy_matrix
 from moe_merge_nb.learn.saved import load_result, save_result
