@@ -2,6 +2,7 @@ import pytest, torch
 from torch import nn
 from moe_merge_nb.layer.experts import *
 from moe_merge_nb.layer.kinds import *
+from moe_merge_nb.layer.tried import try_out
 
 
 def test_a_part_of_the_wrong_shape_is_found_before_a_run():

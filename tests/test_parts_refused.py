@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 from moe_merge_nb.baselines.methods import method
-from moe_merge_nb.layer.kinds import Experts, try_out
+from moe_merge_nb.layer.kinds import Experts
+from moe_merge_nb.layer.tried import try_out
 from moe_merge_nb.learn.checks import check
 from moe_merge_nb.merge.rule import Merge, check_rule
 from moe_merge_nb.safe.doors import resolve, source_digest
@@ -107,3 +108,27 @@ def test_an_old_compiled_copy_that_was_imported_is_named(stale):
     f = importlib.import_module('imported_part').f                                  # as a user's program does
     assert f() == 1.
     with pytest.raises(ValueError, match='was compiled from another imported_part.py'): source_digest(f)
+
+def expert_choice(logits): return torch.zeros_like(logits).scatter(0, logits.argmax(0, keepdim=True), 1.)
+def in_company(x, route, experts): return experts[0](x) + route(x).sum(1)[:, None, None] + x.mean(0)
+
+class Normalised(nn.Module):
+    "A router that compares the sequences of a batch with each other."
+    def __init__(self, width, n_experts):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(width, n_experts))
+    def forward(self, x0, noisy=False): return (x0 - x0.mean(0)) @ self.gate
+
+@pytest.mark.parametrize('kinds', [dict(gate=expert_choice), dict(mix=in_company), dict(router=Normalised)])
+def test_a_part_whose_answer_depends_on_the_company(kinds):
+    [kind] = kinds
+    with pytest.raises(ValueError, match=f'experts.{kind}=.*differently for a sequence when others share its batch'):
+        try_out(Experts(n_experts=6, rank=4, **kinds))
+
+class Loud(nn.Linear):
+    "An expert that speaks before it has learned anything."
+    def __init__(self, width): super().__init__(width, width)
+
+def test_an_expert_that_speaks_before_training_is_warned_of():
+    with pytest.warns(UserWarning, match='experts.expert=.*does not answer 0 before training'):
+        try_out(Experts(n_experts=6, rank=4, expert=Loud))
