@@ -19,7 +19,7 @@ def test_a_method_refuses_what_cannot_be():
     with pytest.raises(ValueError, match='selector'): Method('m', selectors=('psychic',))
     for classes in ('all', (), ('task', 'union')):
         with pytest.raises(ValueError, match="classes is .*: name 'task', 'all' or both"): Method('m', classes=classes)
-    with pytest.raises(ValueError, match="a baseline is built on full fine-tuning"): Method('m', baseline=Callback())
+    with pytest.raises(ValueError, match="it is for tune = .backbone."): Method("m", baseline=LwF())
     with pytest.raises(ValueError, match="a head looks at the frozen model"): Method('m', head=object())
     with pytest.raises(TypeError, match='experts_'): Method('m', experts=dict(experts_=2))
 
