@@ -14,7 +14,8 @@ MODULES = {
     'moe_merge_nb.run.report': 'moe-merge-report',
     'moe_merge_nb.run.released': 'moe-merge-convert',
     'moe_merge_nb.streams.prepare': 'moe-merge-data',
-    'moe_merge_nb.cost.bench': 'moe-merge-bench'}
+    'moe_merge_nb.cost.bench': 'moe-merge-bench',
+    'moe_merge_nb.run.export': 'moe-merge-export'}
 ARGUMENTS = {'moe-merge': ['--cfg', 'job']}  # Hydra's own --help takes five seconds; this is what it is made of
 
 SERVER = '''
