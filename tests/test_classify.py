@@ -26,15 +26,18 @@ def stream():
     squares, circles = toy_stream(2, n_train=60)
     return Stream('toy', (squares, replace(circles, classes=('red circle', 'green square', 'blue circle'))))
 
-@pytest.fixture(scope='module', params=['routed', 'averaged'])
-def trained(request, stream, tmp_path_factory):
+def learned(stream, directory, **how):
     "A classifier from a run directory, and the result of the run."
     train = replace(TRAIN, iterations=8, warmup=2, batch=8, lr=1e-2)
-    how = dict(experts=Experts(n_experts=6, rank=4), selectors=SELECTORS, classes=('task', 'all'), predict=request.param)
-    ours = replace(method('moe_merge', train=train), **how)
-    d = tmp_path_factory.mktemp(request.param)
-    result = run(stream, ours, seed=0, backbone=load_clip(), directory=d, progress=False)
-    return load_classifier(d, device='cpu'), result
+    how = dict(train=train, experts=Experts(n_experts=6, rank=4), classes=('task', 'all'), **how)
+    ours = replace(method('moe_merge'), **how)
+    result = run(stream, ours, seed=0, backbone=load_clip(), directory=directory, progress=False)
+    return load_classifier(directory, device='cpu'), result
+
+@pytest.fixture(scope='module')
+def trained(stream, tmp_path_factory):
+    "With every selector."
+    return learned(stream, tmp_path_factory.mktemp('run'), selectors=SELECTORS)
 
 @pytest.fixture(scope='module')
 def c(stream):
@@ -57,6 +60,12 @@ def test_its_accuracy_is_the_last_row_of_the_matrix(trained, stream, selector, s
     c, result = trained
     row = accuracy_matrix(result, selector if space == 'task' else f'{selector} all')[-1]
     assert [accuracy(c, stream, i, selector=selector, classes=space) for i in range(2)] == row.tolist()
+
+def test_a_run_with_another_strategy_is_classified_by_it(stream, tmp_path):
+    c, result = learned(stream, tmp_path, selectors=('gaussian',), predict='averaged')
+    row = accuracy_matrix(result, 'gaussian all')[-1]
+    assert c.predict is averaged
+    assert [accuracy(c, stream, i, selector='gaussian', classes='all') for i in range(2)] == row.tolist()
 
 def test_the_selection_is_that_of_the_run_without_a_word_on_the_task(trained, stream):
     c, result = trained
