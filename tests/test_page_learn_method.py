@@ -28,4 +28,4 @@ def test_what_no_other_process_can_import_is_refused_with_the_remedy():
         with pytest.raises(ValueError, match='no other process can import.*my_parts.py'):
             describe(toy_stream(2), Method('m', **change), seed=0, saved=True)
     from moe_merge_nb.merge.combine import usage_weighted
-    describe(toy_stream(2), Method('m', merge=Merge(combine=usage_weighted)), seed=0, saved=True)
+    assert describe(toy_stream(2), Method('m', merge=Merge(combine=usage_weighted)), seed=0, saved=True)

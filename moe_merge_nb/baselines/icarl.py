@@ -76,6 +76,7 @@ class ICaRLRun:
 @dataclass(frozen=True)
 class ICaRL(Callback):
     "Rehearsal of exemplars chosen by herding, with distillation (iCaRL, arXiv 1611.07725), adapted to CLIP."
+    tunes = 'backbone'
     memory_size:int=340 # K, images of all tasks together
     batch:int=32 # exemplars per iteration
     rehearsal:float=1. # beta, weight of their cross-entropy
@@ -143,6 +144,7 @@ def after_task(self:ICaRL, learner:Learner):
     self.run.memory = shrunk(self.memory, m) + [exemplars(learner.model.clip, learner.task, m)]
     self.run.teacher = self.run.tokens = self.run.w = None                          # as large as the model
 
+# %% ../../nbs/7_baselines/04_icarl.ipynb #1d03721c
 @patch
 def snapshot(self:ICaRL)->dict:
     return dict(teacher=self.run.teacher.state_dict()) if self.memory and self.teacher == 'before' else {}

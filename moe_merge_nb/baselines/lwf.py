@@ -79,6 +79,7 @@ class LwFRun:
 @dataclass(frozen=True)
 class LwF(Callback):
     "Learning without forgetting (arXiv 1606.09282): keep the old answers on the new images."
+    tunes = 'backbone'
     weight:float=3. # lambda
     temperature:float=2. # T
     over:str='seen' # whose prompts: 'seen', of the tasks learned before; 'current', of this one, as MTIL's authors

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAIN', 'MINI_EXPERTS', 'MTIL_EXPERTS', 'STUDIED', 'RATES', 'MTIL_LR', 'MTIL_FEW_LR', 'MTIL_FULL_LR', 'FULL',
            'MINI_FULL_LR', 'MINI_BASELINES', 'MTIL_BASELINES', 'MINI_HEADS', 'MTIL_HEADS', 'SLOW', 'PROTOCOLS',
-           'METHODS', 'Protocol', 'at_size', 'full', 'fixed', 'methods', 'method', 'own_method']
+           'METHODS', 'SYSTEMS', 'Protocol', 'at_size', 'full', 'fixed', 'methods', 'method', 'own_method']
 
 # %% ../../nbs/7_baselines/06_methods.ipynb #ca2e7a7f
 import pkgutil
@@ -123,10 +123,11 @@ def methods(p:Protocol)->dict[str, Method]:
     return {m.name: m for m in found}
 
 METHODS = methods(PROTOCOLS['mini'])
+SYSTEMS = {} # name -> where Python finds a function from a `Protocol` to a `Method`: recipes of later chapters
 
 # %% ../../nbs/7_baselines/06_methods.ipynb #293a4727
 def method(
-    name:str, # a key of `METHODS`, or 'package.module.name' of a `Method` or of a function from a protocol to one
+    name:str, # in `METHODS` or `SYSTEMS`, or 'package.module.name' of a `Method` or of a function from a protocol to one
     protocol:str='mini', # a key of `PROTOCOLS`
     shots:int|None=None, # images per class, where the protocol has other settings for few
     **changes, # fields of `Method`
@@ -135,7 +136,8 @@ def method(
     if protocol not in PROTOCOLS: raise ValueError(f'protocol is {protocol!r}: choose one of {list(PROTOCOLS)}')
     few = f'{protocol}_few'
     p = PROTOCOLS[few if shots and few in PROTOCOLS else protocol]
-    return replace(methods(p)[name] if name in METHODS else own_method(name, p), **changes)
+    found = methods(p)[name] if name in METHODS else own_method(SYSTEMS.get(name, name), p)
+    return replace(found, **changes)
 
 def own_method(
     name:str, # 'package.module.name'
@@ -147,5 +149,5 @@ def own_method(
     else: why = f'{name} is a {type(found).__name__}'
     if callable(found): found = found(p)
     if isinstance(found, Method): return found
-    raise ValueError(f'method is {name!r}: choose one of {list(METHODS)}, '
+    raise ValueError(f'method is {name!r}: choose one of {[*METHODS, *SYSTEMS]}, '
                      f"or an importable 'package.module.name' ({why})")

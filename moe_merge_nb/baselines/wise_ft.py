@@ -33,6 +33,7 @@ class WiSEFTRun:
 @dataclass(frozen=True)
 class WiSEFT(Callback):
     "After each task, average the weights with a reference's (WiSE-FT, arXiv 2109.01903)."
+    tunes = 'backbone'
     alpha:float=.5 # share of the tuned weights
     reference:str='before' # 'before', the model before the task; 'zero_shot', the original model
 

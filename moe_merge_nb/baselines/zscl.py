@@ -122,6 +122,7 @@ class ZSCLRun:
 @dataclass(frozen=True)
 class ZSCL(Callback):
     "Distillation from the frozen CLIP on reference data, and weight ensembling (ZSCL, arXiv 2303.06628)."
+    tunes = 'backbone'
     weight:float=.3 # lambda
     temperature:float=2. # T
     every:int|None=15 # I, iterations between snapshots; None: no ensembling

@@ -28,6 +28,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from ..safe.doors import resolve
 from ..safe.files import replacing
+from .hf import load_hf
 from .weights import plain_state, read_checkpoint
 
 # %% ../../nbs/2_clip/01_backbone.ipynb #2877fbb3
@@ -134,6 +135,7 @@ def offline_unless_reachable()->Iterator[None]:
     try: yield
     finally: constants.HF_HUB_OFFLINE = before
 
+# %% ../../nbs/2_clip/01_backbone.ipynb #d41a64db
 def _weights_file(name, pretrained):
     "The local file of an open_clip model's weights, downloaded"
     tag = get_pretrained_cfg(name, pretrained or '')
@@ -173,8 +175,8 @@ def _open_clip(name, pretrained, seed):
 
 # %% ../../nbs/2_clip/01_backbone.ipynb #9f505f62
 def load_clip(
-    name:str='pico', # 'pico', an open_clip model whose towers are transformers, or 'package.module.function'
-    pretrained:str|None=None, # None: those shipped with pico; 'random'; a file; a tag of open_clip such as 'openai'
+    name:str='pico', # 'pico', an open_clip model whose towers are transformers, 'hf', or 'package.module.function'
+    pretrained:str|None=None, # None: pico's own; 'random'; a file; a tag of open_clip ('openai'); of hf, a path or name
     seed:int=0, # of random weights
 )->tuple: # the model: evaluation mode, single precision, no gradients; its tokenizer: texts -> (n, context) ids
     "A frozen CLIP and its tokenizer. ValueError for a wrong name or file, ConnectionError if a download fails."
@@ -182,6 +184,7 @@ def load_clip(
         model, tokenizer = pico(seed), pico_tokenizer()
         weights = PICO/'model.safetensors' if pretrained is None else pretrained
         if pretrained != 'random': read_weights(model, weights)
+    elif name == 'hf': model, tokenizer = load_hf(pretrained)
     elif '.' in name and name not in open_clip.list_models(): model, tokenizer = resolve(name, MODELS, 'model')()
     else: model, tokenizer = _open_clip(name, pretrained, seed)
     towers(model) # refuses what is no transformer
@@ -193,4 +196,5 @@ MODELS = {
     'random': dict(name='pico', pretrained='random', image_size=32),
     'vitb16': dict(name='ViT-B-16-quickgelu', pretrained='openai', image_size=224),
     'vitb16_random': dict(name='ViT-B-16-quickgelu', pretrained='random', image_size=224),
+    'hf': dict(name='hf', pretrained=None, image_size=224),
 }

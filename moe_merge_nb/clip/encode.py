@@ -27,6 +27,7 @@ def by_onednn(
     there = torch._C._get_mkldnn_enabled() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
     return plain and frozen and there and not torch.is_autocast_enabled('cpu')
 
+# %% ../../nbs/2_clip/02_encode.ipynb #eb07330b
 class Frozen(torch.autograd.Function):
     "x W^T + b, by oneDNN in both directions; only x gets a gradient."
     @staticmethod

@@ -99,6 +99,7 @@ def text_modules(
     embeddings = [model.token_embedding, model.ln_final, model.positional_embedding]
     return [model.transformer, *embeddings, model.text_projection]
 
+# %% ../../nbs/2_clip/10_pretrain.ipynb #ad1c2a49
 def stage_words(
     model:CLIP, # pico, its text tower trained in place
     vectors:torch.Tensor, # (concepts, d)
@@ -132,6 +133,7 @@ def symmetric_loss(
     by_text = F.cross_entropy(logits.T, fits.T/fits.T.sum(1, keepdim=True))
     return (by_image + by_text)/2
 
+# %% ../../nbs/2_clip/10_pretrain.ipynb #25c1c62a
 def stage_both(
     model:CLIP, # pico, trained in place
     views:Views,

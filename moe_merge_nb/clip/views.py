@@ -135,6 +135,7 @@ def augment(
 # %% ../../nbs/2_clip/07_views.ipynb #f8c873ba
 CODE = {'thing': 0, 'digit': 1, 'texture': 2, 'land': 2} # of augment
 
+# %% ../../nbs/2_clip/07_views.ipynb #7b0dddd6
 class Views:
     "An endless supply of images; batch `step` depends on the seed and on nothing else."
     def __init__(self,

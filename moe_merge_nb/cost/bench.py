@@ -45,6 +45,7 @@ def measure_job(
     rows = [row(model, 'kept bytes', n, side=side, values=[b]) for side, b in kept.items()]
     return rows*(what == 'training iteration') + timed(model, what, n, jobs=jobs, rounds=rounds)
 
+# %% ../../nbs/cost/07_bench.ipynb #8d777b71
 def one_block(
     case:Case,
 )->tuple[dict[str, nn.Module], dict[str, tuple[int, int, int]]]: # by tower: the second block; (batch, tokens, width)
@@ -75,6 +76,7 @@ def measure_case(
         rows += measure_job(model, case, what, n=batch if only_images else classes, rounds=rounds)
     return rows, case
 
+# %% ../../nbs/cost/07_bench.ipynb #73508d8a
 def measure(
     model:str, # a name for `load_clip`
     classes:list[int],

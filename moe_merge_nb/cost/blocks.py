@@ -45,6 +45,7 @@ def row(
     "One entry of the table that everything else is made of."
     return dict(model=model, what=what, n=n, side=side, values=values)
 
+# %% ../../nbs/cost/05_blocks.ipynb #9eb3ead8
 def timed(
     model:str,
     what:str,
@@ -170,6 +171,7 @@ def grow(
         rows.append(row(model, f'{part}, {label}', n, side=side, values=s))
     return rows
 
+# %% ../../nbs/cost/05_blocks.ipynb #d374261e
 def growth(
     model:str,
     frozen:dict[str, nn.Module], # see `grids`

@@ -121,6 +121,7 @@ def passes(
     routers = range(1, T + 1) # after each task
     return sum(min(fitted + (n > i), n) for n in routers), sum(routers)
 
+# %% ../../nbs/cost/10_flops.ipynb #b9de9290
 def run_flops(
     clip:nn.Module, # an open_clip model, on any device
     demands:Iterable[Demand], # in the order in which they are learned

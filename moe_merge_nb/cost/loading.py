@@ -52,6 +52,7 @@ def per_image(
     for i in range(n): do(i)
     return 1e3 * (time.process_time() - start) / n
 
+# %% ../../nbs/cost/08_loading.ipynb #840033e3
 def loading(
     size:tuple[int, int], # width, height
     n:int=24, # photographs

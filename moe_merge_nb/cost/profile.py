@@ -133,6 +133,7 @@ def shares_of(
     shares = parts(p.events())
     return shares / shares.sum() * 1e3 * spent / iterations
 
+# %% ../../nbs/cost/09_profile.ipynb #d5c1c536
 def study_iteration(
     task:Task,
     backbone:tuple, # (model, tokenizer) from `load_clip`
@@ -171,6 +172,7 @@ def phase(
         found, frame = phases.get(frame.f_code.co_name, found), frame.f_back
     return found
 
+# %% ../../nbs/cost/09_profile.ipynb #1699ad33
 def sampled(
     run:Callable[[], object],
     every:float=.003, # seconds between two looks

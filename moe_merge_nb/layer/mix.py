@@ -126,6 +126,7 @@ def slots(
     "The sequences that each expert gets."
     return x.index_select(0, sequence).flatten(0, 1).split([i * x.shape[1] for i in n])
 
+# %% ../../nbs/3_layer/03_mix.ipynb #41f06960
 class DownSlots(torch.autograd.Function):
     "x W^T + b for the slots of every expert: (slots, tokens, r)."
     @staticmethod

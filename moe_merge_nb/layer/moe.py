@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from torch.nn import functional as F
 from .experts import many
 from .kinds import Experts, make_expert, make_gate, make_mix, make_router
 
@@ -68,8 +69,9 @@ def score(self:MoE,
 
 @patch
 def weigh(self:MoE, gates:Tensor)->Tensor: # (batch, columns) -> (batch, experts)
-    "Gates of the experts, from those of the router's columns."
-    return gates
+    "Gates of the experts, from those of the router's columns; experts that came after a router are closed to it."
+    later = len(self.experts) - gates.shape[-1]
+    return F.pad(gates, (0, later)) if later else gates
 
 # %% ../../nbs/3_layer/05_moe.ipynb #edbbc5e7
 Over = Callable[[MoE, Tensor], Tensor] # layer, logits (batch, columns) -> gates (batch, columns)

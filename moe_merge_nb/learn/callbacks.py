@@ -24,6 +24,7 @@ from ..safe.settings import check_fields, flag, must_be, number, setting
 how_many = must_be('a whole number of experts, 0 or more', lambda n: type(n) is int and n >= 0)
 part_of_task = number('a fraction above 0, at most 1, or null', lambda x: 0 < x <= 1)
 
+# %% ../../nbs/6_learn/04_callbacks.ipynb #08e56f34
 @dataclass(frozen=True)
 class FreezeMostUsed(Callback):
     "Freeze the most used experts of every block when a task ends (arXiv 2403.11549)."

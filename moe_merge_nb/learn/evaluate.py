@@ -191,6 +191,7 @@ def evaluation(
     "The counts as rows; what selectors chose is the same in every label space, and noted once."
     places, matrix, selection = ['CLIP', *stream.names], [], []
     for task, spaces in zip(stream, counts.tolist()):
+        if not len(task.test): continue # no accuracy is not one of 0
         for space, rows in zip(classes, spaces):
             for name, (right, *_) in zip(names, rows):
                 matrix.append((row_name(name, space), after, task.name, 100*(right/len(task.test))))

@@ -81,6 +81,8 @@ def counts(self:Learner)->dict[Block, Tensor]: # (experts,) per block
 # %% ../../nbs/6_learn/02_learner.ipynb #0fd31f3a
 class Callback:
     "Told before a task, after every iteration and after the task; may change the loss. The default does nothing."
+    tunes = None # what its method must tune: see `Method`; None: anything
+
     def before_task(self, learner:Learner): pass
     def after_step(self, learner:Learner): pass
     def after_task(self, learner:Learner): pass

@@ -46,7 +46,9 @@ def pack(
     fields:Sequence[str]=(), # dotted fields of the configuration to keep besides `RUN`
 )->Path:
     "Write matrix, selection, fixed experts and numbers of merges of many runs to one file."
-    fields, file = list(dict.fromkeys((*RUN, *fields))), Path(file)
+    fields, file, results = list(dict.fromkeys((*RUN, *fields))), Path(file), list(results)
+    if any(r.config.get('extends') for r in results):
+        raise ValueError('one of these runs extends another: its table is about some of its tasks only, leave it out')
     df = pd.concat([_long(r, fields) for r in results], ignore_index=True)
     columns = [*fields, 'kind', *(c for c in COLUMNS if c in df), 'value']
     for c in ('block', 'expert'): df[c] = df[c].astype('Int64') if c in df else None

@@ -62,4 +62,5 @@ def planned(
     plan = json.loads(json.dumps(what, default=str))
     made = dict(provenance(accelerator.device), processes=accelerator.num_processes, config_hash=config_hash(plan))
     program = {n: made.get(n) for n in MADE_BY}
+    made['words'] = [dict(name=t.name, classes=list(t.classes), templates=list(t.templates)) for t in stream]
     return plan, {**what, **made, **(config or {}), 'programs': [program]}

@@ -16,9 +16,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 from accelerate import Accelerator
-from .results import Result
+from .results import Result, after, tested
 from .saved import load_result, save_result
-from .state import Run, finished, restore, state
+from .state import Run, finished, restore, state, with_adapters
 from .learner import Callback, Learner
 from .train import snapshot
 from ..safe.checkpoint import other, read_newest, remove, write_newest
@@ -39,7 +39,7 @@ def save(
             head = dict(version=VERSION, plan=r.plan, config=r.result.config)
             write_newest({**head, **state(r)}, path)
         if complete: r.result.config['finished'] = time.strftime('%Y-%m-%d %H:%M:%S')
-        if not middle: save_result(finished(r.result, r.model), r.directory)
+        if not middle: save_result(finished(r) if complete else with_adapters(r), r.directory)
         if complete: remove(path)
     except OSError as e:
         left = f'the same command goes on from the last state that was saved in {r.directory}'
@@ -148,7 +148,7 @@ def finished_result(
     "The result of this `plan` in `directory`, every file of it checked; None unless it is there and finished."
     if not (Path(directory)/'config.json').is_file(): return None
     checkpoint = Path(directory)/CHECKPOINT
-    try: result = load_result(directory, adapters=True, checked=True)
+    try: result = load_result(directory, adapters=True, selectors=True, checked=True)
     except (ValueError, FileNotFoundError) as e:
         saved = checkpoint.is_file() or other(checkpoint, 'before').is_file()
         if not saved: raise NotThisRun(str(e)) from e
@@ -156,7 +156,7 @@ def finished_result(
         return None
     belongs(result.config, plan, directory)
     spaces = plan.get('classes', ['task'])
-    rows = len(plan['tasks'])**2 * len(plan['selectors']) * len(spaces)
+    rows = len(after(plan)) * len(tested(plan)) * len(plan['selectors']) * len(spaces)
     return result if len(result.matrix) == rows else None
 
 # %% ../../nbs/6_learn/16_recover.ipynb #904174b8

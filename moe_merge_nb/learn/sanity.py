@@ -29,7 +29,7 @@ def selections(moe:MoE)->int|None: # None: it cannot be known
     return gate.keywords['k'] if known else None
 
 def check_counts(learner:Learner):
-    "ValueError where more was counted than there was; a warning where it is less by more than 1 %."
+    "ValueError where more was counted than there was; a warning where next to all gates but the best were 0."
     s, counts = learner.settings, learner.counts()
     sequences = dict(image=s.batch, text=len(learner.tokens))
     for moe in learner.model.moes:
@@ -40,7 +40,8 @@ def check_counts(learner:Learner):
                 f'selected {have} experts in all, not {want}')
         if have > want:
             raise ValueError(f'{said}: usage was counted twice, so what was merged and frozen cannot be trusted')
-        if have < .99 * want: warnings.warn(f'{said}: gates were 0 in single precision; train.lr may be too large')
+        least = want * (1/k + .1 * (1 - 1/k))                                   # of ten gates but the best, nine are 0
+        if have < least: warnings.warn(f'{said}: gates were 0 in single precision; train.lr may be too large')
 
 # %% ../../nbs/6_learn/14_sanity.ipynb #28c4fe9f
 def check_merges(learner:Learner):

@@ -122,6 +122,7 @@ def opened(
     for p in found: p.requires_grad_(True)
     return found
 
+# %% ../../nbs/6_learn/03_train.ipynb #06cfa646
 def prepare(
     model:AdaptedCLIP,
     task:Task,

@@ -7,7 +7,6 @@ __all__ = ['align', 'aligned', 'fit']
 
 # %% ../../nbs/4_merge/04_align.ipynb #f80e630f
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import pad
 from ..layer.experts import Algebra, Expert, State
@@ -19,6 +18,7 @@ def align(
     algebra:Algebra=Expert.algebra, # of their kind
 )->State: # the same function as `state`
     "The neurons of `state` in the order that best matches `reference` (weight matching)."
+    from scipy.optimize import linear_sum_assignment                            # only used here
     similarity = algebra.neurons(reference) @ algebra.neurons(state).T                              # (rank, rank)
     _, p = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
     return algebra.permuted(state, torch.as_tensor(p, device=similarity.device))

@@ -75,6 +75,7 @@ def start_merged(
     for i, e in enumerate(targets): write(moe.experts[e], states[i % len(states)])
     return dict(kind='start', tower=moe.tower, block=moe.block, sources=sources, targets=targets)
 
+# %% ../../nbs/4_merge/06_start.ipynb #81c3b510
 def start_states(
     moe:MoE,
     rule:Merge,
@@ -95,6 +96,7 @@ def start_states(
     for s in states: check_state(s, frozen[0], name)
     return states
 
+# %% ../../nbs/4_merge/06_start.ipynb #5b5867ef
 def new_states(
     moe:MoE,
     n:int,

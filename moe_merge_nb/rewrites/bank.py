@@ -66,6 +66,7 @@ def expert_gates(
     "Gates of the experts that there are."
     return gates @ column_to_expert + always_on
 
+# %% ../../nbs/8_rewrites/01_bank.ipynb #104ef1e2
 class Rewritten(MoE):
     "A layer whose experts were rewritten after training."
     def rewrite(self, b:Bank):
@@ -106,6 +107,7 @@ def check_kinds(moe:MoE):
     if moe.mix is not route_once:
         raise ValueError(f'{where} has experts.mix={moe.settings.mix!r}: only the default mixture can be rewritten')
 
+# %% ../../nbs/8_rewrites/01_bank.ipynb #0b5047c3
 def bank(
     moe:MoE, # of a trained model
 )->Bank: # copies, on the CPU

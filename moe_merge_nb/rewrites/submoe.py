@@ -10,8 +10,6 @@ __all__ = ['coordinates', 'cluster', 'share', 'joint_svd', 'moment_root', 'input
 import warnings
 from functools import partial
 import torch
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from torch.nn import functional as F
 from ..layer.experts import State
@@ -36,6 +34,8 @@ def cluster(
     seed:int=0,
 )->tuple[list[list[int]], float]: # groups, at most k; J
     "Groups by k-means++, the best of 10 starts, and how much they differ inside."
+    from sklearn.cluster import KMeans                                          # a second to load, and only used here
+    from sklearn.exceptions import ConvergenceWarning
     if k >= len(points): return [[e] for e in range(len(points))], 0.
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', ConvergenceWarning)                     # fewer distinct points than groups

@@ -17,9 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from ..learn.results import Result, summary
+from .extending import extend_job
 from .job import UsageError, job, plainly
 from .jobs import distinct, take_over
-from .line import HOW, REWRITE, sweeps
+from .line import EXTEND, HOW, REWRITE, sweeps
 from .options import configure
 from .rewrite import rewrite_run
 
@@ -38,11 +39,13 @@ def tidy(directory:str)->None:
 # %% ../../nbs/run/20_command.ipynb #0cf1a73d
 def _learned(cfg, here):
     "Last in % of a job that is no rewrite"
-    given = [k for k in REWRITE if cfg[k]]
-    if given:
-        raise UsageError(f'{given[0]} is given without rewrite: say rewrite=RULE, or leave {", ".join(given)} out')
+    for first, value, names in (('rewrite', 'RULE', REWRITE), ('extend', 'RUN', EXTEND)):
+        given = [k for k in names if cfg[k] and not cfg[first]]
+        said = f'{given[0]} is given without {first}: say {first}={value}' if given else ''
+        if said: raise UsageError(f'{said}, or leave {", ".join(given)} out')
     bar = dict(position=here.job.num % 8, leave=False) if here.mode.name == 'MULTIRUN' else True
-    result = job(cfg, here.runtime.output_dir, bar)
+    where, given = here.runtime.output_dir, list(here.overrides.task)
+    result = job(cfg, where, bar) if cfg.extend is None else extend_job(cfg, where, given, bar)
     if PartialState().is_main_process: show(result, here.runtime.output_dir)
     return float(summary(result).Last.iloc[0])
 
@@ -88,7 +91,7 @@ def message(e:Exception)->str:
 
 def start()->None:
     "Run the job or the sweep that the arguments of this process ask for."
-    asked = os.environ.get('HYDRA_FULL_ERROR') == '1'
+    asked = os.environ.get('HYDRA_FULL_ERROR')
     os.environ['HYDRA_FULL_ERROR'] = '1'
     try:
         configure(sys.argv[1:])
@@ -96,8 +99,11 @@ def start()->None:
         take_over()
         hydra_main(config_name='moe_merge', **HOW)(command)()
     except (ValueError, HydraException, OSError) as e:
-        if asked: raise
+        if asked == '1': raise
         sys.exit(f'moe-merge: {message(e)}')
     except KeyboardInterrupt as e:
         print(f'moe-merge: {str(e) or "interrupted"}', file=sys.stderr)
         sys.exit(128 + getattr(e, 'number', signal.SIGINT))
+    finally:
+        if asked is None: del os.environ['HYDRA_FULL_ERROR']
+        else: os.environ['HYDRA_FULL_ERROR'] = asked

@@ -50,7 +50,7 @@ def header_of(
                          'give one per router, in order')
     backbone = _backbone_of(model.clip, name, pretrained, with_backbone)
     return dict(
-        version=2,
+        version=3,
         package=version('moe_merge_nb'),
         experts=experts_config(model),
         sources=sources(own_parts(experts_config(model))),
@@ -75,8 +75,8 @@ def read_header(
     if not text: return None
     if not isinstance(header, dict): raise ValueError(f'{path} has a header that is no dictionary')
     found = header.get('version')
-    if type(found) is not int or found not in (1, 2):
-        raise ValueError(f'{path} has format version {found!r}; this package reads versions 1 and 2: update it')
+    if type(found) is not int or found not in (1, 2, 3):
+        raise ValueError(f'{path} has format version {found!r}; this package reads versions 1 to 3: update it')
     return header
 
 def check_digest(

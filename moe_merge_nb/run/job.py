@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALLER', 'NUMBERS', 'UsageError', 'plainly', 'made', 'method_of', 'parameters', 'check_numbers', 'accelerator',
-           'check_memory', 'for_trackers', 'job']
+           'check_memory', 'stream_from', 'about_stream', 'for_trackers', 'job']
 
 # %% ../../nbs/run/03_job.ipynb #46174df9
 import os
@@ -24,13 +24,13 @@ from ..safe.doors import sources
 from ..safe.guard import InUse
 from ..safe.settings import must_be
 from ..learn.loop import run
-from ..learn.method import Method, check, check_images, check_model, check_words
+from ..learn.checks import check, check_images, check_model, check_words
+from ..learn.method import Method
 from ..merge.rule import RuleFailed
 from ..learn.results import Result
 from ..select.select import SELECTORS, selector_images, selector_parameters
 from ..learn.recover import NotThisRun
 from .config import stream_function
-from .describe import words
 from ..streams.tasks import STREAMS, Stream
 
 # %% ../../nbs/run/03_job.ipynb #b8b43ea2
@@ -49,6 +49,7 @@ def plainly()->Iterator[None]:
         if isinstance(e, RuntimeError) and 'memory' not in str(e): raise
         raise UsageError(f'there is not enough memory ({str(e) or type(e).__name__}): {SMALLER}') from e
 
+# %% ../../nbs/run/03_job.ipynb #41116b84
 def made(
     node:object, # a part of the configuration
 )->object:
@@ -166,8 +167,8 @@ def check_memory(
             raise ValueError(f'{what}: that takes {bytes/1e9:,.0f} GB, and this machine has {have/1e9:,.0f}; {SMALLER}')
 
 # %% ../../nbs/run/03_job.ipynb #092a78eb
-def _stream_from(cfg):
-    "Which function of one's own made the stream, for whoever makes it again"
+def stream_from(cfg:DictConfig)->dict[str, str]:
+    "Which function of one's own made the stream, for whoever makes it again."
     name = cfg.stream['_target_']
     ours = name in [f'{f.__module__}.{f.__qualname__}' for f in map(stream_function, STREAMS)]
     return {} if ours else dict(stream_from=name)
@@ -177,12 +178,12 @@ def _model_from(name):
     ours = '.' not in name or name in open_clip.list_models()
     return {} if ours else dict(model_sources=sources({'model': (name, {})}))
 
-def _about(cfg, stream):
-    "What decides no number: how to make the stream again, and how its classes are called"
+def about_stream(cfg:DictConfig)->dict:
+    "What decides no number: how to make the stream again."
     how = OmegaConf.to_container(cfg.stream, resolve=True)
     how = {k: os.path.abspath(v) if v and k in ('root', 'lists', 'cache') else v for k, v in how.items()}
     how.pop('_target_')
-    return dict(stream_made=how, words=[words(t)._asdict() for t in stream])
+    return dict(stream_made=how)
 
 def for_trackers(config:dict)->dict[str, int|float|str|bool]:
     "`{'a': {'b': [1]}}` -> `{'a.b': '[1]'}`: what every tracker can show."
@@ -198,12 +199,13 @@ def job(
     "Run what `cfg` describes, saved in `directory`; UsageError for what a user can mend."
     with plainly(): return _job(cfg, directory, progress)
 
+# %% ../../nbs/run/03_job.ipynb #945de097
 def _job(cfg, directory, progress):
     "The same, with errors as they come"
     check_numbers(cfg)
     method, stream = method_of(cfg), made(cfg.stream)
     model = OmegaConf.to_container(cfg.model, resolve=True)
-    config = dict(model=model['name'], pretrained=model['pretrained'], **_stream_from(cfg))
+    config = dict(model=model['name'], pretrained=model['pretrained'], **stream_from(cfg))
     config |= _model_from(model['name'])
     torch.set_num_threads(cfg.threads)
     devices, backbone = accelerator(cfg.device, cfg.track, directory), made(cfg.model)
@@ -212,7 +214,7 @@ def _job(cfg, directory, progress):
         numbers = [f'{k} {n:,}' for k, n in parameters(method, backbone[0], stream).items()]
         if progress is True: devices.print('parameters:', ', '.join(numbers) or 'none are trained')
         if cfg.track: devices.init_trackers('moe_merge', for_trackers(plan))
-    where = dict(directory=directory, config=config, about=_about(cfg, stream), begin=begin)
+    where = dict(directory=directory, config=config, about=about_stream(cfg), begin=begin)
     where |= dict(progress=progress, accelerator=devices)
     try: return run(stream, method, cfg.seed, backbone, **where, cache_mb=cfg.cache_mb, save_every=cfg.save_every)
     except NotThisRun as e:

@@ -120,6 +120,7 @@ def _empty(config, found, **constants):
     for _ in range(found['n_tasks']): model.add_task()
     return model
 
+# %% ../../nbs/run/14_released.ipynb #deb40666
 def from_moe_adapters4cl(
     state_dict:dict, # of tensors, or {'state_dict': of tensors}
     vision_heads:int|None=None, # None: width / 64

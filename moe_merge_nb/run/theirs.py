@@ -23,6 +23,7 @@ NEEDED = (
     *(f'visual.{_FIRST}{n}' for n in _IN_BLOCKS),
     *(f'{_FIRST}{n}' for n in _IN_BLOCKS))
 
+# %% ../../nbs/run/13_theirs.ipynb #1399cef1
 def n_of(
     state:dict,
     prefix:str,

@@ -42,6 +42,7 @@ def resolve(
     why = f'that is a file; say {name}.NAME' if is_file else f'a {type(found).__name__} cannot be called'
     raise ValueError(not_found(name, registry, what, why))
 
+# %% ../../nbs/safe/08_doors.ipynb #1baa0bba
 def not_found(
     name:str|Callable,
     registry:Mapping[str, Any],
@@ -95,6 +96,7 @@ def file_of(module:str)->Path|None: # None: it has none, as what is built into P
     origin = spec.origin if spec else script # a notebook has none
     return Path(origin) if origin and Path(origin).is_file() else None
 
+# %% ../../nbs/safe/08_doors.ipynb #e5a8a787
 def module_digest(
     module:str, # that has a file
 )->str: # 64 hexadecimal digits

@@ -17,6 +17,7 @@ from functools import cache
 from importlib import import_module
 from operator import index
 from pathlib import Path
+from typing import BinaryIO
 import numpy as np
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image, UnidentifiedImageError
@@ -88,14 +89,36 @@ def _check_shape(im):
     if im.width*im.height > MAX_PIXELS:
         raise ValueError(f'it has {w} x {h} = {w*h:,} pixels, more than {MAX_PIXELS:,}')
 
+<<<<<<< /tmp/tmph567b33z/o
+def upright(im:Image.Image)->Image.Image: # RGB
+    "`im` by the rule above; any exception of Pillow's if it cannot be decoded."
+    _check_shape(im)
+    im.load()
+    turn, out = _turn(im), _in_bands(im)
+||||||| /tmp/tmph567b33z/b
 def _decode(f):
     "The RGB image in the open file `f`; any exception of Pillow's if there is none."
     with Image.open(f, formats=readable()) as im:
         _check_shape(im)
         im.load()
         turn, out = _turn(im), _in_bands(im)
+=======
+def decode(
+    f:BinaryIO, # an open file
+)->Image.Image: # RGB, upright
+    "The image in a file; any exception of Pillow's if there is none."
+    with Image.open(f, formats=readable()) as im:
+        _check_shape(im)
+        im.load()
+        turn, out = _turn(im), _in_bands(im)
+>>>>>>> /tmp/tmph567b33z/t
     return out.transpose(Image.Transpose[turn]) if turn else out
 
+def _decode(f):
+    "The same of the open file `f`."
+    with Image.open(f, formats=readable()) as im: return upright(im)
+
+# %% ../../nbs/1_streams/07_images.ipynb #2780ee1b
 def _none_of(path):
     "Why a file is no image, and what would help."
     plugin = PLUGINS.get(Path(path).suffix.lower())
@@ -109,7 +132,7 @@ def open_image(
         info = os.stat(path) # before opening it: the opening of a named pipe may wait for ever
         if not stat.S_ISREG(info.st_mode): raise ValueError('it is no regular file')
         if not info.st_size: raise ValueError('it has 0 bytes')
-        with open(path, 'rb') as f: return _decode(f)
+        with open(path, 'rb') as f: return decode(f)
     except UnidentifiedImageError: reason = _none_of(path)
     except Image.DecompressionBombError: reason = f'it has more than {MAX_PIXELS:,} pixels' # Pillow's own check
     except MemoryError: raise

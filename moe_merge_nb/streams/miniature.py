@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from PIL import Image
-from scipy.io import savemat
 from ..safe.files import replacing, write_text
 from .sources import MTIL, names_of
 
@@ -79,6 +78,7 @@ def _names(path, name, classes):
 
 def _mat(path, content):
     "A MATLAB file."
+    from scipy.io import savemat                                                # only used here
     with replacing(path) as part, open(part, 'wb') as f: savemat(f, content)
 
 # %% ../../nbs/1_streams/13_miniature.ipynb #144d234a

@@ -26,6 +26,7 @@ def numbers(folder:str|Path)->list[int]:
     found = [re.fullmatch(r'image_(\d{4,})\.jpg', e.name) for e in visible(folder)]
     return sorted(int(m[1]) for m in found if m)
 
+# %% ../../nbs/1_streams/15_readers.ipynb #379bba8c
 class Caltech101(tv.Caltech101):
     "torchvision's, by the images that are there."
     def __init__(self,
@@ -61,6 +62,7 @@ class EuroSAT(tv.EuroSAT):
         samples = tv.EuroSAT.make_dataset(directory, class_to_idx, **how)
         return [(file, label) for file, label in samples if meant(file, directory)]
 
+# %% ../../nbs/1_streams/15_readers.ipynb #624863cd
 class SUN397(tv.SUN397):
     "torchvision's, without what is left behind."
     def __init__(self,

@@ -246,4 +246,5 @@ STREAMS = {
     'toy': toy_stream,
     'mtil': 'moe_merge_nb.streams.datasets.mtil',
     'folder': 'moe_merge_nb.streams.folder.folder',
+    'hf': 'moe_merge_nb.streams.hf.hf',
 }

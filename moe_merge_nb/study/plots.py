@@ -213,6 +213,7 @@ def _sent(rows, tasks):
     counts = counts.reindex(index=tasks, columns=[*tasks, 'CLIP']).fillna(0)
     return 100*counts.div(counts.sum(axis=1), axis=0)
 
+# %% ../../nbs/11_study/01_plots.ipynb #15a424c8
 def plot_confusion(
     selection:pd.DataFrame, # rows: selector, after, task, selected, count
     selector:str,

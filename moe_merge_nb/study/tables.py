@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'statistics', 'mean_and_error', 'table', 'Paired', 'paired_difference', 'per_task', 'plot_methods',
-           'plot_paired', 'published']
+           'plot_paired', 'with_interval', 'latex', 'published']
 
 # %% ../../nbs/11_study/02_tables.ipynb #844f6946
 from importlib.resources import files
@@ -149,6 +149,35 @@ def plot_paired(
     ax.set_yticks(range(len(groups)), [f'{m} (n = {k})' for m, k in n.items()])
     ax.set(ylim=(len(groups) - .5, -.5), xlabel=f'{what}, points')
     return ax
+
+# %% ../../nbs/11_study/02_tables.ipynb #fea1d7c8
+def with_interval(
+    results:list[Result]|str|Path, # what `load_results` takes
+    by:tuple[str, ...]=('method',),
+    level:float=.95,
+)->pd.DataFrame: # rows by + selector; columns Transfer, Average, Last, runs
+    "`statistics` for a paper: `mean [low, high]` in %; the mean alone where there is one run."
+    from scipy.stats import t as student                                        # only used here
+    s = statistics(results, by)
+    def said(mean, se, n):
+        half = student.ppf((1 + level)/2, n - 1)*se if n > 1 else 0
+        if n == 0: return ''
+        return f'{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]' if n > 1 else f'{mean:.1f}'
+    columns = {m: [said(*row) for row in s[m][['mean', 'se', 'n']].to_numpy()] for m in METRICS}
+    return pd.DataFrame(columns, index=s.index).assign(runs=s['Last', 'n'].astype(int))
+
+# %% ../../nbs/11_study/02_tables.ipynb #770b5ae6
+def latex(
+    df:pd.DataFrame, # any table: of `with_interval`, `table`, `per_task`
+    caption:str|None=None,
+    label:str|None=None, # for \\ref
+)->str:
+    "The table as LaTeX with `booktabs` rules; numbers with one digit."
+    plain = df.reset_index()
+    plain.columns = [str(c) for c in plain.columns]
+    styled = plain.style.format(escape='latex', precision=1, na_rep='').format_index(axis=1, escape='latex').hide()
+    sides = ''.join('r' if pd.api.types.is_numeric_dtype(plain[c]) else 'l' for c in plain.columns)
+    return styled.to_latex(hrules=True, column_format=sides, caption=caption, label=label)
 
 # %% ../../nbs/11_study/02_tables.ipynb #28f9bf32
 def published(

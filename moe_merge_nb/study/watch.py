@@ -170,21 +170,21 @@ def selected(self:Watch,
     by_chance = chance_entropy(int(mine.sum()), labels, n_classes=n_classes, generator=self.generator)
     return values | {'entropy': class_entropy(labels[mine], n_classes), 'entropy by chance': by_chance}
 
+# %% ../../nbs/11_study/07_watch.ipynb #a9d66a35
 @patch
 def end(self:Watch,
     learner:Learner,
     now:Look,
 ):
     "Who is selected at the end of the task: experts that were overwritten, sources that were not, others."
-    *earlier, (_, _, _, labels, _) = self.tests
+    *earlier, (task, _, _, labels, _) = self.tests
     for moe in learner.model.moes:
         key, images = (moe.tower, moe.block), labels if moe.tower == 'image' else None
         roles, gates = self.roles.get(key, {}), now.routings[key].gates
         for e in range(len(moe.experts)):
             role = roles.get(e, 'other')
             if role == 'other' and not (gates[:, e] > 0).any(): continue
-            values = self.selected(gates[:, e], images, len(learner.task.classes))
-            self.note(learner, values, role, moe, expert=e)
+            self.note(learner, self.selected(gates[:, e], images, len(task.classes)), role, moe, expert=e)
     self.note(learner, {'loss at the end': now.loss, 'accuracy at the end': now.accuracy}, 'this task')
     for k in range(len(earlier)):
         self.note(learner, {'accuracy at the end': self.look(learner, k).accuracy}, 'earlier task')
