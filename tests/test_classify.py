@@ -8,13 +8,14 @@ from PIL import Image
 from toys import toy_model
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.baselines.methods import TRAIN, method
+from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.learn.loop import run
 from moe_merge_nb.learn.results import accuracy_matrix
-from moe_merge_nb.learn.views import averaged, one_per_name
+from moe_merge_nb.learn.views import averaged
 from moe_merge_nb.run.classify import Classifier, load_classifier
 from moe_merge_nb.run.describe import Words, words
 from moe_merge_nb.streams.given import chunks, listed
-from moe_merge_nb.streams.images import test_transform as as_tested
+from moe_merge_nb.streams.images import open_image, test_transform as as_tested
 from moe_merge_nb.streams.tasks import Stream, toy_stream
 
 SELECTORS = 'oracle', 'none', 'gaussian', 'autoencoder', 'text'
@@ -25,13 +26,18 @@ def stream():
     squares, circles = toy_stream(2, n_train=60)
     return Stream('toy', (squares, replace(circles, classes=('red circle', 'green square', 'blue circle'))))
 
-@pytest.fixture(scope='module', params=['routed', 'averaged'])
-def trained(request, stream, tmp_path_factory):
-    "A run directory and its result."
+def learned(stream, directory, **how):
+    "A classifier from a run directory, and the result of the run."
     train = replace(TRAIN, iterations=8, warmup=2, batch=8, lr=1e-2)
-    ours = replace(method('moe_merge', train=train), selectors=SELECTORS, classes=('task', 'all'), predict=request.param)
-    d = tmp_path_factory.mktemp(request.param)
-    return d, run(stream, ours, seed=0, backbone=load_clip(), directory=d, progress=False)
+    how = dict(train=train, experts=Experts(n_experts=6, rank=4), classes=('task', 'all'), **how)
+    ours = replace(method('moe_merge'), **how)
+    result = run(stream, ours, seed=0, backbone=load_clip(), directory=directory, progress=False)
+    return load_classifier(directory, device='cpu'), result
+
+@pytest.fixture(scope='module')
+def trained(stream, tmp_path_factory):
+    "With every selector."
+    return learned(stream, tmp_path_factory.mktemp('run'), selectors=SELECTORS)
 
 @pytest.fixture(scope='module')
 def c(stream):
@@ -51,14 +57,19 @@ def accuracy(c, stream, i, **asked):
 @pytest.mark.parametrize('space', ['task', 'all'])
 @pytest.mark.parametrize('selector', SELECTORS)
 def test_its_accuracy_is_the_last_row_of_the_matrix(trained, stream, selector, space):
-    d, result = trained
+    c, result = trained
     row = accuracy_matrix(result, selector if space == 'task' else f'{selector} all')[-1]
-    c = load_classifier(d, device='cpu')
     assert [accuracy(c, stream, i, selector=selector, classes=space) for i in range(2)] == row.tolist()
 
+def test_a_run_with_another_strategy_is_classified_by_it(stream, tmp_path):
+    c, result = learned(stream, tmp_path, selectors=('gaussian',), predict='averaged')
+    row = accuracy_matrix(result, 'gaussian all')[-1]
+    assert c.predict is averaged
+    assert [accuracy(c, stream, i, selector='gaussian', classes='all') for i in range(2)] == row.tolist()
+
 def test_the_selection_is_that_of_the_run_without_a_word_on_the_task(trained, stream):
-    d, result = trained
-    c, s = load_classifier(d, device='cpu'), result.selection
+    c, result = trained
+    s = result.selection
     for task in stream:
         found = c(task.test, selector='gaussian', progress=False).task.value_counts().to_dict()
         said = s[(s.selector == 'gaussian') & (s.after == stream.names[-1]) & (s.task == task.name)]
@@ -74,7 +85,8 @@ def test_without_a_task_the_classes_are_those_of_the_chosen_one_and_of_all_for_p
     every = ('red square', 'green square', 'blue square', 'red circle', 'blue circle')
     assert found.classes[:3] == [every, stream[0].classes, stream[1].classes]
     assert found.table.task[:3].tolist() == ['CLIP', 'squares', 'circles']
-    assert [int((e[0] > 0).sum()) for e in found.experts] == [0]*4 and [int((e[1] > 0).sum()) for e in found.experts] == [2]*4
+    used = [[int((e[i] > 0).sum()) for e in found.experts] for i in range(2)]
+    assert used == [4*[0], 4*[2]]
     x = torch.stack([stream[0].test[i][0] for i in range(3)])
     for i, s in enumerate((None, 0, 1)):
         torch.testing.assert_close(found.features[i], c.model.encode_image(x, s)[i], rtol=1e-4, atol=1e-5)
@@ -94,7 +106,8 @@ def test_words_of_ones_own_are_told_apart_with_templates_of_ones_own(c, stream):
 
 def test_the_table_has_the_next_classes_in_order(c, stream):
     table = c(stream[0].test.images[:4], classes='all', selector='CLIP', progress=False)
-    assert list(table)[:6] == ['path', 'task', 'class', 'probability', 'class_2', 'probability_2'] and len(table.columns) == 12
+    assert list(table)[:6] == ['path', 'task', 'class', 'probability', 'class_2', 'probability_2']
+    assert len(table.columns) == 12
     p = table.filter(like='probability').to_numpy()
     assert (np.diff(p, axis=1) <= 0).all() and np.allclose(p.sum(1), 1)
     few = c(stream[0].test.images[:1], task=0, progress=False)
@@ -144,10 +157,13 @@ def test_tasks_whose_classes_nobody_named_need_words(c, stream):
 
 def test_what_is_not_there_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     Path('runs').mkdir()
     with pytest.raises(FileNotFoundError, match='runs/mine is not there'): load_classifier('runs/mine')
-    with pytest.raises(FileNotFoundError, match='adapters.safetensors is not there'): load_classifier('adapters.safetensors')
+    for name in ('adapters.safetensors', 'no/adapters.safetensors'):
+        with pytest.raises(FileNotFoundError, match=f'{name} is not there'): load_classifier(name)
+    with pytest.raises(FileNotFoundError, match='user/repo is neither a run directory nor a shared file here'):
+        load_classifier('user/repo')
 
 
 # ---- images however they come
@@ -155,13 +171,14 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch):
 def pixels_of(images, size=32):
     "What the model is shown, and what was left out."
     found = list(chunks(listed(images), size))
-    return torch.cat([f.images for f in found]), [p for f in found for p in f.paths], {k: v for f in found for k, v in f.bad.items()}
+    return torch.cat([f.images for f in found]), [p for f in found for p in f.paths], [p for f in found for p in f.bad]
 
 def test_every_way_to_hold_a_picture_shows_the_same_pixels(tmp_path, stream):
     data, file = stream[0].test, tmp_path/'é x.png'
     Image.fromarray(data.images[0].permute(1, 2, 0).numpy()).save(file)
     array = data.images[0].permute(1, 2, 0).numpy()
-    ways = [file, str(file), tmp_path, Image.open(file), array, data.images[0], data[0][0], data.images[:1], [array], np.array([str(file)])]
+    ways = [file, str(file), tmp_path, Image.open(file), array, data.images[0], data[0][0], data.images[:1], [array]]
+    ways.append(np.array([str(file)]))
     for way in ways: assert torch.equal(pixels_of(way)[0][0], data[0][0]), way
     x, names, bad = pixels_of([*ways, iter([array])])
     assert len(x) == 11 and not bad and torch.equal(x, data[0][0].expand(11, -1, -1, -1))
@@ -180,8 +197,8 @@ def test_files_are_decoded_by_the_rule_of_image_folders(tmp_path):
     (tmp_path/'d.txt').write_text('no image')
     (tmp_path/'e.jpg').write_bytes((tmp_path/'c.jpg').read_bytes()[:400])
     x, names, bad = pixels_of(tmp_path)
-    from moe_merge_nb.streams.images import open_image
-    assert [Path(n).name for n in names] == ['a.jpg', 'b.png', 'c.jpg'] and sorted(Path(n).name for n in bad) == ['d.txt', 'e.jpg']
+    assert [Path(n).name for n in names] == ['a.jpg', 'b.png', 'c.jpg']
+    assert sorted(Path(n).name for n in bad) == ['d.txt', 'e.jpg']
     for got, name in zip(x, names): assert torch.equal(got, as_tested(32)(open_image(name)))
     assert torch.equal(x[2], pixels_of(Image.open(tmp_path/'c.jpg'))[0][0]) # its turn is obeyed, too
 

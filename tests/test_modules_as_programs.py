@@ -12,6 +12,7 @@ MODULES = {
     'moe_merge_nb': 'moe-merge',
     'moe_merge_nb.run.cli': 'moe-merge',
     'moe_merge_nb.run.report': 'moe-merge-report',
+    'moe_merge_nb.run.predict': 'moe-merge-predict',
     'moe_merge_nb.run.released': 'moe-merge-convert',
     'moe_merge_nb.streams.prepare': 'moe-merge-data',
     'moe_merge_nb.cost.bench': 'moe-merge-bench',
