@@ -16,7 +16,8 @@ MODULES = {
     'moe_merge_nb.run.released': 'moe-merge-convert',
     'moe_merge_nb.streams.prepare': 'moe-merge-data',
     'moe_merge_nb.cost.bench': 'moe-merge-bench',
-    'moe_merge_nb.run.export': 'moe-merge-export'}
+    'moe_merge_nb.run.export': 'moe-merge-export',
+    'moe_merge_nb.run.app': 'moe-merge-app'}
 ARGUMENTS = {'moe-merge': ['--cfg', 'job']}  # Hydra's own --help takes five seconds; this is what it is made of
 
 SERVER = '''
