@@ -20,4 +20,4 @@ def test_stack_keeps_the_order():
 def test_every_name_stands_for_a_function():
     from moe_merge_nb.safe.doors import resolve
     found = [resolve(name, STREAMS, 'stream').__name__ for name in STREAMS]
-    assert found == ['mini', 'toy_stream', 'mtil', 'folder']
+    assert found == ['mini', 'toy_stream', 'mtil', 'folder', 'hf']

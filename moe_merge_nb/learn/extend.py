@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch import nn, Tensor
 from ..layer.grow import add_experts, add_tasks
 from .loop import carried_out, checked
-from .method import (
-    Method, build, check_enough, check_images, check_kinds, check_model, check_own, check_words, freezes)
+from .checks import check_enough, check_images, check_kinds, check_model, check_own, check_words, freezes
+from .method import Method, build
 from .plan import planned
 from .recover import differences
 from .results import Result

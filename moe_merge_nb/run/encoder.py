@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..clip.encode import encode_image
 from ..layer.adapt import AdaptedCLIP
 from ..layer.experts import Expert, GeluExpert, read, write
-from ..layer.mix import Route, route_once
+from ..layer.mix import route_once
 from ..layer.moe import MoE
 from ..layer.router import GATES, ROUTERS, top_k_gates
 
@@ -35,7 +35,7 @@ class Gates(nn.Module):
 class Gathered(nn.Module):
     "The selected experts of each sequence, side by side."
     def __init__(self,
-        gates:Route,
+        gates:nn.Module, # x -> (batch, experts)
         experts:nn.ModuleList, # of `Expert`
         k:int, # that are selected at most
     ):
@@ -61,7 +61,7 @@ class Gathered(nn.Module):
 class Weighted(nn.Module):
     "All experts of each sequence, weighted by their gates."
     def __init__(self,
-        gates:Route,
+        gates:nn.Module, # x -> (batch, experts)
         experts:nn.ModuleList, # of any kind
     ):
         super().__init__()
@@ -72,10 +72,11 @@ class Weighted(nn.Module):
         gates = self.gates(x)[:, :, None, None]
         return sum(gates[:, e] * expert(x) for e, expert in enumerate(self.experts))
 
+# %% ../../nbs/run/27_encoder.ipynb #1bf86aee
 class Own(nn.Module):
     "A mixture of somebody's own, as it is."
     def __init__(self,
-        gates:Route,
+        gates:nn.Module, # x -> (batch, experts)
         experts:nn.ModuleList, # of any kind
         mix:Callable, # see `MIXES`
     ):
@@ -99,6 +100,7 @@ def fixed_gates(
     if undecided: return None
     return moe.gate(router(router.gate.new_zeros(1, moe.width), False))[0]
 
+# %% ../../nbs/run/27_encoder.ipynb #f882ba24
 def fused(
     experts:list[Expert], # of one kind
     gates:list[float],

@@ -36,6 +36,7 @@ def own_parts(model:AdaptedCLIP)->str:
     own = [kind for kind in KINDS if s.part(kind) not in KINDS[kind].values()]
     return ', '.join(f'experts.{kind}={getattr(s, kind)!r}' for kind in own)
 
+# %% ../../nbs/run/25_export.ipynb #3ef98e30
 @contextmanager
 def followed()->Iterator[None]:
     "Inside, products are ordinary ones, and torch does not tell which of its doors are old."
@@ -55,10 +56,10 @@ def program(
         why = str(e).strip().partition('\n')[0]
         raise ValueError(f'{own or "this encoder"} cannot be exported ({type(e).__name__}: {why})') from e
 
+# %% ../../nbs/run/25_export.ipynb #ccf03aca
 def example(encoder:ImageEncoder)->Tensor: # (2, 3, H, W)
     "Images to follow."
     return torch.zeros(2, 3, *encoder.visual.image_size)
-
 
 # %% ../../nbs/run/25_export.ipynb #30eaa294
 Encode = Callable[[Tensor], Tensor] # images -> features
@@ -74,6 +75,7 @@ def write_torchscript(
         torch.jit.trace(frozen, example(encoder), check_trace=False).save(str(path))
         return torch.jit.load(str(path))
 
+# %% ../../nbs/run/25_export.ipynb #9cd4534e
 def any_sort(
     x:Tensor,
     stable:bool|None=None, # not read
@@ -83,6 +85,7 @@ def any_sort(
     "A sort that ONNX has: what is equal keeps its order there."
     return torch.ops.aten.sort.default(x, dim, descending)
 
+# %% ../../nbs/run/25_export.ipynb #9c33b133
 def write_onnx(
     encoder:ImageEncoder,
     program:torch.export.ExportedProgram, # of `encoder`
@@ -97,6 +100,7 @@ def write_onnx(
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
 
+# %% ../../nbs/run/25_export.ipynb #d84e8bb5
 FORMATS = {'onnx': write_onnx, 'torchscript': write_torchscript}
 NEEDS = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'torchscript': ()} # packages of the extra `export`
 
@@ -127,6 +131,7 @@ def about(
         images=picture,
         blocks=encoder.ways, **more)
 
+# %% ../../nbs/run/25_export.ipynb #1e5e24a4
 def number_of(
     shared:Shared,
     task:str|int, # by name, or counted from 0
@@ -188,6 +193,7 @@ def file_name(
     "A name that is one on every system."
     return (re.sub(r'[^\w-]+', '_', task).strip('_') or 'task') + {'onnx': '.onnx', 'torchscript': '.pt'}[format]
 
+# %% ../../nbs/run/25_export.ipynb #c132c1a2
 @shown
 def main(argv:Sequence[str]|None=None)->int:
     "Entry point of `moe-merge-export`."

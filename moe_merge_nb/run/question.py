@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from ..clip.backbone import cut_off
-from ..learn.method import longest
+from ..learn.checks import longest
 from ..learn.views import LABEL_SPACES, one_per_name
 from ..select.select import Latest, Oracle
 from ..streams.tasks import Task
