@@ -101,13 +101,13 @@ def test_metrics_are_about_the_tasks_that_are_there(extended):
     assert A.shape == (2, 2)
     table = summary(result).set_index('selector').loc['oracle']
     assert table.Transfer == A[0, 1] and table.Average == A.mean() and table.Last == A[1].mean()
-    assert table.about == 'triangles, crosses; after triangles, crosses'
+    assert table.about == f'{", ".join(NEW.names)}; after {", ".join(NEW.names)}'
 
 def test_with_old_images_old_tasks_have_columns_too(three):
     more = extend(three/'moe_copy', NEW, old=first(STREAM, 1), **QUIET)
     A, tested = accuracy_matrix(more, 'oracle'), [STREAM.names[0], *NEW.names]
     assert A.shape == (2, 3) and np.isfinite(A).all()
-    assert more.config['extends']['tested'] == tested
+    assert more.config['extends']['evaluated'] == tested
     assert summary(more).set_index('selector').Transfer['oracle'] == A[0, 2] # the first was learned before both
 
 def test_a_report_leaves_it_out_by_name(three, extended, capsys):
@@ -148,7 +148,7 @@ def test_an_interrupted_one_goes_on_and_belongs_to_what_it_extends(three, extend
     assert 'not run again' in capsys.readouterr().err
     file = load(three/'moe').save(tmp_path/'x.safetensors') # the same run, in another form
     assert extend(file, NEW, d, **QUIET).timings == begun
-    with pytest.raises(NotThisRun, match='another extends.tested'):
+    with pytest.raises(NotThisRun, match='another extends.evaluated'):
         extend(three/'moe', NEW, d, old=first(STREAM, 1), **QUIET)
 
 def test_old_images_must_be_those_that_were_learned(three):
