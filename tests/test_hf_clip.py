@@ -1,4 +1,4 @@
-"""A CLIPModel of transformers becomes open_clip's towers, with the same features and words; what does not fit is told."""
+"""A CLIPModel of transformers becomes open_clip's towers, with the same features; what does not fit is named."""
 import sys
 from types import SimpleNamespace
 import pytest
