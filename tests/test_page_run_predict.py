@@ -2,7 +2,7 @@
 
 
 import tempfile
-from contextlib import chdir
+from contextlib import chdir, redirect_stderr
 from pathlib import Path
 import matplotlib.pyplot as plt
 from PIL import Image

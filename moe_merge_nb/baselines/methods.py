@@ -127,7 +127,7 @@ SYSTEMS = {} # name -> where Python finds a function from a `Protocol` to a `Met
 
 # %% ../../nbs/7_baselines/06_methods.ipynb #293a4727
 def method(
-    name:str, # in `METHODS` or `SYSTEMS`, or 'package.module.name' of a `Method` or of a function from a protocol to one
+    name:str, # in `METHODS` or `SYSTEMS`, or 'package.module.name': of a `Method`, or of what makes one of a protocol
     protocol:str='mini', # a key of `PROTOCOLS`
     shots:int|None=None, # images per class, where the protocol has other settings for few
     **changes, # fields of `Method`

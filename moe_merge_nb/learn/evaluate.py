@@ -149,10 +149,8 @@ def task_counts(
     first = sum(len(t.classes) for t in stream.tasks[:i]) # number of its first class
     labels = dict(task=plain['labels'], all=columns[first + plain['labels']])
     encoder.passes['images_naive'] += len(index)
-    counts = []
-    for space in classes:
-        counts.append(count_right(views[space], chosen, labels[space], n_tasks=n_tasks, predict=predict))
-    return torch.stack(counts)
+    count = partial(count_right, chosen=chosen, n_tasks=n_tasks, predict=predict)
+    return torch.stack([count(views[space], labels=labels[space]) for space in classes])
 
 # %% ../../nbs/6_learn/10_evaluate.ipynb #6e14398b
 def images_of_process(

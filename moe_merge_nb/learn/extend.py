@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import nn, Tensor
 from ..layer.grow import add_experts, add_tasks
 from .loop import carried_out, checked
-from .checks import check_enough, check_images, check_kinds, check_model, check_own, check_words, freezes
+from .checks import (
+    check_enough, check_images, check_kinds, check_model, check_own, check_words, freezes)
 from .method import Method, build
 from .plan import planned
 from .recover import differences
@@ -169,8 +170,8 @@ def extend_known(
     check_words(every, backbone[1])
     check_further(method, stream, len(every), accelerator)
     check_model(method, backbone[0])
-    tested = [t.name for t in every if len(t.test)]
-    extends = dict(sha256=known.sha256, tasks=known.names, tested=tested, add_experts=n)
+    evaluated = [t.name for t in every if len(t.test)]
+    extends = dict(sha256=known.sha256, tasks=known.names, evaluated=evaluated, add_experts=n)
     told = {**known.config.get('data_sha256', {}), **identity(stream, strict=directory is not None)}
     how = dict(save_every=100, progress=True, cache_mb=2048) | how
     says = dict(config or {}, data_sha256=told, extends=extends)

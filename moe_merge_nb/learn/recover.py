@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 from accelerate import Accelerator
-from .results import Result, after, tested
+from .results import Result, after, evaluated
 from .saved import load_result, save_result
 from .state import Run, finished, restore, state, with_adapters
 from .learner import Callback, Learner
@@ -156,7 +156,7 @@ def finished_result(
         return None
     belongs(result.config, plan, directory)
     spaces = plan.get('classes', ['task'])
-    rows = len(after(plan)) * len(tested(plan)) * len(plan['selectors']) * len(spaces)
+    rows = len(after(plan)) * len(evaluated(plan)) * len(plan['selectors']) * len(spaces)
     return result if len(result.matrix) == rows else None
 
 # %% ../../nbs/6_learn/16_recover.ipynb #904174b8

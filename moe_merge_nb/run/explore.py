@@ -84,7 +84,7 @@ def bars(
 def show(look:Look)->Figure:
     "The image, the task scores, the classes by plain CLIP and by the experts, and the experts of each block."
     fig, axes = plt.subplots(1, 5, figsize=(13, 2.2), layout='constrained')
-    axes[0].imshow(look.image), axes[0].axis('off')
+    axes[0].imshow(look.image.numpy()), axes[0].axis('off')
     axes[0].set_title('the image', fontsize=9)
     axes[1].axis('off' if look.scores is None else 'on')
     if look.scores is not None:

@@ -91,7 +91,11 @@ def model_options(name:str)->dict: # a key of `MODELS`, or 'package.module.funct
     m = MODELS.get(name) or dict(name=name, pretrained=None, image_size=MISSING)
     return dict(model=builds(load_clip, name=m['name'], pretrained=m['pretrained']), image_size=m['image_size'])
 
-CHOICES = {'stream': (STREAMS, stream_options), 'model': (MODELS, model_options), 'method': ({**METHODS, **SYSTEMS}, method_options)}
+CHOICES = {
+    'stream': (STREAMS, stream_options),
+    'model': (MODELS, model_options),
+    'method': ({**METHODS, **SYSTEMS}, method_options),
+}
 
 def own_names(
     group:str, # of `CHOICES`
@@ -115,7 +119,8 @@ def groups(
 def configure(overrides:Sequence[str]=()):
     "Tell Hydra of every choice, those of one's own among `overrides` included; called by `main`, never on import."
     own = [name for group in CHOICES for name in own_names(group, overrides)]
-    by = ' '.join([*own, *STREAMS, *MODELS, *METHODS, *SYSTEMS, *CHANGES, *EXPERIMENTS])      # what takes a second is done once
+    ours = *STREAMS, *MODELS, *METHODS, *SYSTEMS, *CHANGES, *EXPERIMENTS
+    by = ' '.join([*own, *ours])                                                    # what takes a second is done once
     if own or not is_registered(by): register(groups(overrides), partial(setting, value_of), by)
 
 # %% ../../nbs/run/02_options.ipynb #4510e301
