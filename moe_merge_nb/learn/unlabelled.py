@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 import torch
 from torch import nn, Tensor
+from ..layer.moe import Over
 from .cache import Cache, Uses
 from .evaluate import answers, predicted, views_of
 from .features import Encoder
@@ -23,10 +24,11 @@ class TextKept(Encoder):
     def classes(self,
         task:Any, # with .name, .classes, .templates
         s:int, # whose routers, -1 for plain CLIP
+        over:Over|None=None, # other gates than the layers'
     )->Tensor: # (classes, d), unit length
         "What `class_embeddings` says, once."
-        key = task.classes, task.templates, s
-        if key not in self.known: self.known[key] = super().classes(task, s)
+        key = task.classes, task.templates, s, over
+        if key not in self.known: self.known[key] = super().classes(task, s, over)
         return self.known[key]
 
 # %% ../../nbs/6_learn/21_unlabelled.ipynb #d251d53a
@@ -55,13 +57,14 @@ def groups(
     blind = isinstance(q.selector, Oracle) and predict is routed # nobody looks at the frozen features
     features = torch.zeros(len(chunk), 0) if blind else encoder.plain(stream[0], index)[0]
     chosen = answers(q.name, q.selector, features, task=q.told, n_tasks=model.n_tasks)
-    def words(t, s): return encoder.classes(stream[t], s)
+    def words(t, s, *over): return encoder.classes(stream[t], s, *over)
     for s in chosen.unique().tolist():
         i, space = q.place(s)
         plain = dict(features=features, index=index)
         if s < 0 or predict is not routed:
             w = words(i, -1)
-            plain['logits'] = cosine_logits(model, features[:, :w.shape[1]].to(w.device), w)
+            plain['embedding'] = features[:, :w.shape[1]]
+            plain['logits'] = cosine_logits(model, plain['embedding'].to(w.device), w)
         how = dict(plain=plain, chosen={q.name: chosen}, words=words, columns=q.columns)
         rows, view = views_of(s, encoder, stream, i, **how)[space]
         predicted(predict, view) # refuses what is no prediction
