@@ -2,6 +2,7 @@
 what cheap pages show is what they would show now.
 
 Commands are called in this process with the words of the README; smaller sizes are added behind them."""
+import itertools
 import json
 import re
 import shlex
@@ -76,13 +77,15 @@ HERE = {  # the beginning of a line -> what is added to it
     'moe-merge merge.combine=my_rules': [*SMALL, 'train.iterations=4'],
     'moe-merge -m': [*SMALL, 'train.iterations=40', 'merge.until=1', 'hydra.launcher.n_jobs=1'],
     'moe-merge seed=0': [],
-    'moe-merge rewrite=': []}
+    'moe-merge rewrite=': [],
+    'moe-merge extend=': []}
+TOOLS = 'moe-merge-data pictures', 'moe-merge-predict', 'moe-merge-app', 'moe-merge-export'
 NEEDS_DOWNLOAD = ('model=vitb16', 'moe-merge-data prepare', 'moe-merge-convert')
 
 def test_every_line_is_run_here_or_needs_a_download():
     assert len(LINES) > 10
     for line in LINES:
-        known = line.startswith(('make ', 'source ', 'moe-merge-report', 'moe-merge-data status', *HERE))
+        known = line.startswith(('make ', 'moe-merge-report', 'moe-merge-data status', *TOOLS, *HERE))
         assert known or any(x in line for x in NEEDS_DOWNLOAD), line
 
 def typed(monkeypatch, line, more=()):
@@ -138,6 +141,38 @@ def test_the_report_and_the_status_are_asked_for_as_the_readme_does(inside, monk
     for line in lines('moe-merge-report'): assert report.main(shlex.split(line)[1:]) == 0
     for line in lines('moe-merge-data status'): assert prepare.main(shlex.split(line)[1:]) in (0, 1)
     assert 'StanfordCars' in capsys.readouterr().out
+
+@pytest.fixture
+def trained(inside, monkeypatch):
+    "A small run where the README's demo has one, and a folder of one more task."
+    from PIL import Image
+    [line] = lines('moe-merge-predict')
+    where = Path(shlex.split(line)[1])
+    few = [*SMALL[:-1], 'stream.n_tasks=2', 'experts.n_experts=12', 'selectors=[oracle,gaussian]']
+    few = [f for f in few if f not in ('stream.n_tasks=1', 'experts.n_experts=4')]
+    if not where.exists(): typed(monkeypatch, 'moe-merge', [*few, 'train.iterations=4', f'hydra.run.dir={where}'])
+    for name, colour, split in itertools.product(('red', 'blue'), range(4), ('train', 'test')):
+        path = inside/'my_images'/'Colours'/split/name/f'{colour}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (40, 40), (name == 'red' and 150 + colour, 0, name == 'blue' and 150 + colour)).save(path)
+    return where
+
+def test_pictures_are_classified_and_a_task_is_added_as_the_readme_does(trained, monkeypatch, capsys):
+    from moe_merge_nb.run import predict
+    [drawing], [asking], [adding] = lines('moe-merge-data pictures'), lines('moe-merge-predict'), lines('moe-merge extend')
+    assert not prepare.main(shlex.split(drawing)[1:]) and len(list(Path('pictures').glob('*.png'))) == 5
+    assert predict.main(shlex.split(asking)[1:]) == 0
+    assert all(p.name in capsys.readouterr().out for p in list(Path('pictures').glob('*.png'))[:1])
+    typed(monkeypatch, adding)
+    [config] = Path('runs/extended').rglob('config.json')
+    assert json.loads(config.read_text())['tasks'][2:] == ['Colours']
+    assert predict.main([str(config.parent), 'my_images/Colours/test/red/0.png', '--task', 'Colours']) == 0
+
+def test_the_tools_of_extras_take_what_the_readme_says():
+    from moe_merge_nb.run import app, export
+    for start, tool in (('moe-merge-app', app), ('moe-merge-export', export)):
+        [line] = lines(start)
+        assert tool.parser().parse_args(shlex.split(line)[1:]).run == 'runs/demo/moe_merge-seed0'
 
 def test_lines_that_need_a_download_mean_what_there_is():
     for line in LINES:

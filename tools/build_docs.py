@@ -52,6 +52,7 @@ def readme(cfg:Config)->tuple[str, dict[str, bytes]]:
     "README.md as the index notebook says it, and its pictures."
     text, pictures = rendered(for_readers(cfg.nbs_path/cfg.readme_nb, r'](nbs/\1.ipynb\2)'), 'README')
     text = text.replace('](../', '](').replace('](images/', '](nbs/images/')
+    text = re.sub(r'(?m)^ +$', '', text)
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', pictures
 
 def write_readme(cfg:Config):
