@@ -2,6 +2,7 @@ from dataclasses import replace
 import pytest, torch
 from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
+from moe_merge_nb.baselines.lwf import LwF
 from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.learn.learner import *

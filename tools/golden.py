@@ -88,7 +88,7 @@ def rewritten(rule: str, source: str) -> dict:
     import torch
     from dataclasses import fields
     from three_tasks import three
-    command, bank, reduce = found('command', 'rewrite'), found('bank'), found('reduce')
+    command, bank, reduce = found('rewrite', 'command'), found('bank'), found('reduce')
     shared, stream = found('share').load(source), three()
     numbers = dict(parts=2) if rule in found_splits() else dict(budget=11)
     small = command.changed(shared.model, shared.tokenizer, stream, rule, **numbers)
