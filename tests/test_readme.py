@@ -159,7 +159,8 @@ def trained(inside, monkeypatch):
 
 def test_pictures_are_classified_and_a_task_is_added_as_the_readme_does(trained, monkeypatch, capsys):
     from moe_merge_nb.run import predict
-    [drawing], [asking], [adding] = lines('moe-merge-data pictures'), lines('moe-merge-predict'), lines('moe-merge extend')
+    [drawing], [asking] = lines('moe-merge-data pictures'), lines('moe-merge-predict')
+    [adding] = lines('moe-merge extend')
     assert not prepare.main(shlex.split(drawing)[1:]) and len(list(Path('pictures').glob('*.png'))) == 5
     assert predict.main(shlex.split(asking)[1:]) == 0
     assert all(p.name in capsys.readouterr().out for p in list(Path('pictures').glob('*.png'))[:1])

@@ -39,6 +39,7 @@ def sides(
         'classifier': lambda: c(images, task=0, progress=False),
         'selector': lambda: c(images, selector='CLIP', classes=['cat', 'dog'], progress=False)}
 
+# %% ../../nbs/cost/11_classify.ipynb #be5c8a9e
 def costs(
     images:int=400,
     rounds:int=3,

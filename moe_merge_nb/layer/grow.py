@@ -26,6 +26,7 @@ def grow(
     moe.experts.extend(new)
     moe.frozen = torch.cat([moe.frozen, moe.frozen.new_zeros(n)])
 
+# %% ../../nbs/3_layer/07_grow.ipynb #b3507760
 def add_experts(
     model:AdaptedCLIP, # changed in place
     n:int, # of every block whose experts are not one for all tasks

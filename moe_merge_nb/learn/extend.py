@@ -102,6 +102,7 @@ def check_room(
         '(only their routers are trained); or run it again with more experts (experts.n_experts) '
         'or fewer that are frozen (freeze.n)')
 
+# %% ../../nbs/6_learn/19_extend.ipynb #369def54
 def check_further(
     method:Method,
     stream:Stream, # the new tasks

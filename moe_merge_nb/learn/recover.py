@@ -191,6 +191,7 @@ def said_finished(
     "One line that says that nothing is computed."
     return f'finished on {result.config.get("finished", "a day not written down")}, not run again: {directory}'
 
+# %% ../../nbs/6_learn/16_recover.ipynb #c65de0d1
 @contextmanager
 def recovered(
     directory:str|Path|None,
@@ -228,6 +229,7 @@ def programs(
     known, new = before.get('programs', [program(before)]), program(now)
     return known if known[-1:] == [new] else [*known, new]
 
+# %% ../../nbs/6_learn/16_recover.ipynb #6d6cdf8e
 def continue_from(
     r:Run, # just started
     saved:dict, # of `read_checkpoint`

@@ -113,6 +113,7 @@ def selectors(result:Result)->list[str]:
     "Names of the selectors that `result` was evaluated with."
     return list(dict.fromkeys(result.matrix.selector))
 
+# %% ../../nbs/6_learn/11_results.ipynb #e2154ac3
 def accuracy_matrix(
     result:Result,
     selector:str|None=None, # may be left out where there is only one
@@ -143,6 +144,7 @@ def field_of(
     for part in name.split('.'): value = value.get(part) if isinstance(value, dict) else None
     return value if isinstance(value, (str, int, float, bool, type(None))) else json.dumps(value)
 
+# %% ../../nbs/6_learn/11_results.ipynb #e14daaf3
 def about_tasks(config:dict)->str: # of a result
     "Which tasks its metrics are about, where these are not all."
     return f'{", ".join(evaluated(config))}; after {", ".join(after(config))}'
@@ -159,6 +161,7 @@ def three(
     ahead = [A[early[:, i], i].mean() for i in range(len(columns)) if early[:, i].any()]
     return float(np.mean(ahead)) if ahead else np.nan, float(A.mean()), float(A[-1].mean())
 
+# %% ../../nbs/6_learn/11_results.ipynb #fd1c3f5a
 def summary(
     result:Result,
     by:Sequence[str]=('method',), # fields of the configuration to show

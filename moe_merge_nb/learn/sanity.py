@@ -94,6 +94,7 @@ def image_of(
     paths = getattr(dataset, 'paths', None) or files(dataset)
     return f'{name} ({paths[i]})' if paths else name
 
+# %% ../../nbs/6_learn/14_sanity.ipynb #661867f5
 def check_features(
     z:Tensor, # (n, d)
     index:Sequence[int]|Tensor, # (n,) of the images in `dataset`

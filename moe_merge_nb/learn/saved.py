@@ -173,6 +173,7 @@ def _adapters(d, config, sums):
     if not there and not (isinstance(experts, dict) and experts.get('n_experts')): return None
     return read_file(path, lambda p: load_file(intact(p, sums)))
 
+# %% ../../nbs/6_learn/12_saved.ipynb #bcc4e0ff
 def read_states(
     directory:str|Path, # a run directory
     sums:dict[str, str]|None, # from `sums_of`
@@ -186,6 +187,7 @@ def read_states(
     if states.get('version') == 1 and there: return {n: states[n] for n in kinds}
     raise ValueError(f'{path} was written by another version of this package: update it')
 
+# %% ../../nbs/6_learn/12_saved.ipynb #2cc6b0bb
 def load_result(
     directory:str|Path, # a run directory
     adapters:bool=False, # also read the adapters, where the run has any?

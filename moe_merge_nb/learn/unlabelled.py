@@ -46,6 +46,7 @@ class Group(NamedTuple):
     scores:Tensor # (n, classes); the largest is the prediction
     classes:tuple[str, ...]
 
+# %% ../../nbs/6_learn/21_unlabelled.ipynb #c699a756
 def groups(
     encoder:Encoder,
     q:Any, # with .tasks, .name, .selector, .told, .columns, .place(s), .classes(i, space): `run.question.Question`

@@ -69,6 +69,7 @@ def probabilities(scores:Tensor)->Tensor: # (n, classes)
     already = (scores >= 0).all() and torch.allclose(scores.sum(1), torch.ones(len(scores)))
     return scores if already else scores.softmax(1)
 
+# %% ../../nbs/run/23_classify.ipynb #1422af17
 def rows(
     group:Group,
     paths:Sequence[str], # of the chunk
@@ -90,6 +91,7 @@ def columns(top:int)->list[str]: # classes
     ends = ['', *(f'_{r + 1}' for r in range(1, top))]
     return ['path', 'task', *(f'{what}{end}' for end in ends for what in ('class', 'probability'))]
 
+# %% ../../nbs/run/23_classify.ipynb #630b3014
 def part(
     c:Classifier,
     q:Question,
@@ -109,6 +111,7 @@ def part(
     experts = [torch.cat(e)[back] for e in zip(*(each for _, each in looked))] if details else None
     return Answers(table, {}, [classes[i] for i in back], [logits[i] for i in back], features=features, experts=experts)
 
+# %% ../../nbs/run/23_classify.ipynb #f4f59264
 def joined(
     parts:Sequence[Answers], # one after the other, at least one
     bad:dict[str, str],
@@ -141,6 +144,7 @@ def answers(self:Classifier,
     if parts: return joined(parts, bad)
     return Answers(pd.DataFrame(columns=columns(top)), bad, [], [])
 
+# %% ../../nbs/run/23_classify.ipynb #f39207b6
 @patch
 def __call__(self:Classifier,
     images:Any, # see `answers`
@@ -186,6 +190,7 @@ def shared_at(
         raise FileNotFoundError(f'{path} is neither a run directory nor a shared file here, and no repository of this '
                                 f'name could be fetched ({type(e).__name__}: {str(e).splitlines()[0]})') from e
 
+# %% ../../nbs/run/23_classify.ipynb #e6db9bda
 def strategy_of(shared:Shared)->Callable[[View], Tensor]:
     "How the run made predictions; ValueError for a strategy of somebody's own."
     name = shared.provenance.get('predict', 'routed')
@@ -193,6 +198,7 @@ def strategy_of(shared:Shared)->Callable[[View], Tensor]:
     raise ValueError(f'it was evaluated with predict={name!r}, which is not of this package: '
                      'make a Classifier(model, tokenizer, tasks, selectors, predict=...) of your own')
 
+# %% ../../nbs/run/23_classify.ipynb #3eb21eb2
 def load_classifier(
     path:str|Path, # of a run directory or a shared file, or 'user/repo' on the Hub
     device:str='auto', # 'auto': a GPU where there is one; 'cpu', 'cuda:1', ...

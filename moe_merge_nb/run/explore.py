@@ -81,6 +81,7 @@ def bars(
     ax.set_title(title, fontsize=9)
     sns.despine(ax=ax)
 
+# %% ../../nbs/run/explore.ipynb #d1ac8826
 def show(look:Look)->Figure:
     "The image, the task scores, the classes by plain CLIP and by the experts, and the experts of each block."
     fig, axes = plt.subplots(1, 5, figsize=(13, 2.2), layout='constrained')

@@ -101,6 +101,7 @@ def said_of(
     for part in name.split('.'): config = config.get(part, ...) if isinstance(config, dict) else ...
     return config
 
+# %% ../../nbs/run/22_extending.ipynb #49f873f0
 def check_given(
     cfg:DictConfig,
     given:Sequence[str], # arguments of the command line
@@ -131,6 +132,7 @@ def old_stream(
     if tasks: return Stream(stream.name, tasks, stream.info)
     raise ValueError(f'old is {root!r}, where none of the tasks is that the run knows: {config["tasks"]}')
 
+# %% ../../nbs/run/22_extending.ipynb #10b6e0eb
 def extend_job(
     cfg:DictConfig,
     directory:str|None=None, # None: nothing is saved

@@ -31,10 +31,10 @@ def _backbone_of(clip, name, pretrained, with_backbone):
             raise ValueError('the backbone is not pico: say which it is (name=, pretrained=, as for load_clip), '
                              'or put it into the file (with_backbone=True)')
         name = 'pico'
-    # where a file of weights lies is nobody's business
     if pretrained and Path(pretrained).is_file(): pretrained = Path(pretrained).name
     return dict(name=name, pretrained=pretrained, sha256=sha, config=clip_config(clip) if with_backbone else None)
 
+# %% ../../nbs/run/11_header.ipynb #dd394e63
 def header_of(
     model:AdaptedCLIP,
     name:str|None=None, # of the backbone, as for `load_clip`; None: pico is recognised
@@ -48,14 +48,13 @@ def header_of(
     if tasks and len(tasks) != model.n_tasks:
         raise ValueError(f'tasks has {len(tasks)} names, but there are routers for {model.n_tasks} tasks: '
                          'give one per router, in order')
-    backbone = _backbone_of(model.clip, name, pretrained, with_backbone)
     return dict(
         version=3,
         package=version('moe_merge_nb'),
         experts=experts_config(model),
         sources=sources(own_parts(experts_config(model))),
         n_tasks=model.n_tasks,
-        backbone=backbone,
+        backbone=_backbone_of(model.clip, name, pretrained, with_backbone),
         tasks=tasks,
         provenance=provenance or {})
 
@@ -79,6 +78,7 @@ def read_header(
         raise ValueError(f'{path} has format version {found!r}; this package reads versions 1 to 3: update it')
     return header
 
+# %% ../../nbs/run/11_header.ipynb #6d061e8a
 def check_digest(
     path:str|Path,
     header:dict, # as it was read from `path`
@@ -192,6 +192,7 @@ def check_config(
         raise ValueError(f'the backbone in the file cannot be built ({type(e).__name__}: {e})') from e
     check_fit(clip, weights, 'the backbone in the file')
 
+# %% ../../nbs/run/11_header.ipynb #b6e8e40b
 def check_header(
     header:dict, # from `read_header` or `header_of_run`
     tensors:dict[str, Tensor], # of the same file

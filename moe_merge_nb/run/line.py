@@ -58,6 +58,7 @@ def piece(
     read = _ODD.sub('_', re.split(r'/+', text.rstrip('/'))[-1]).strip('._-')[:most]
     return f'{read}-{_digest(text)}' if read else _digest(text)
 
+# %% ../../nbs/run/16_line.ipynb #b5102c7f
 def run_name(
     arguments:Sequence[str], # NAME=VALUE
     most:int=150, # bytes
@@ -67,6 +68,7 @@ def run_name(
     name = '+'.join(f'{piece(k)}-{piece(v)}' for k, _, v in said if k not in NOT_IN_NAMES)
     return name if len(name) <= most else f'{name[:most - 9]}-{_digest(name)}'
 
+# %% ../../nbs/run/16_line.ipynb #b54446b6
 def besides(
     experiment:Mapping, # its options
     arguments:Sequence[str],
@@ -105,6 +107,7 @@ def as_text(
     parts = value.split(',') if sweep else [value]
     return f'{key}=' + ','.join(map(_quoted, parts))
 
+# %% ../../nbs/run/16_line.ipynb #a948f8d0
 def sweeps(arguments:Sequence[str])->bool:
     "Are several runs asked for?"
     return any(a in ('-m', '--multirun', 'hydra.mode=MULTIRUN') for a in arguments)
@@ -131,11 +134,13 @@ HYDRA = HydraConf(
 LAUNCHER = dict(_target_='hydra_plugins.moe_merge_nb.Processes', n_jobs=-1) # a name that Hydra lets in
 HOW = dict(config_path=None, version_base='1.3') # for Hydra's `main` and `initialize`
 
+# %% ../../nbs/run/16_line.ipynb #8a280404
 def is_registered(by:str)->bool: # see `register`
     "Was that what Hydra was told last?"
     found = ConfigStore.instance().repo.get('moe_merge.yaml')
     return found is not None and found.provider == by
 
+# %% ../../nbs/run/16_line.ipynb #3228847d
 def register(
     groups:Mapping[str, Mapping[str, Any]], # group -> choice -> its options
     setting:Callable, # what `${setting:method,part.field}` stands for

@@ -49,6 +49,7 @@ def lines(table:Any)->str: # a data frame of `Classifier`
     wide = [max(map(len, column)) for column in zip(head, *said)]
     return '\n'.join('  '.join(f'{x:{n}}' for x, n in zip(row, wide)).rstrip() for row in (head, *said))
 
+# %% ../../nbs/run/24_predict.ipynb #991b9a3a
 def write_csv(
     table:Any, # a data frame of `Classifier`
     path:str, # of the file
@@ -59,6 +60,7 @@ def write_csv(
     from moe_merge_nb.safe.shown import cell
     with replacing(path) as part: by_cell(table, cell).to_csv(part, index=False)
 
+# %% ../../nbs/run/24_predict.ipynb #e8107653
 def predict(args:argparse.Namespace)->int: # exit code
     "Load, classify, print."
     from moe_merge_nb.run.classify import load_classifier

@@ -128,6 +128,7 @@ def _kept(found):
         else: kept[same] = where, r
     return [r for _, r in kept.values()]
 
+# %% ../../nbs/run/06_runs.ipynb #300251f9
 def load_runs(
     paths:Sequence[str|Path], # run directories, folders of them and packed files
 )->list[Result]:

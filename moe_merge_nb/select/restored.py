@@ -42,6 +42,7 @@ def _check_tensor(value, shape, where, sizes, dtype):
         raise ValueError(f'{where} is {found}, not {dtype} ({wanted})')
     if not value.isfinite().all(): raise ValueError(f'{where} holds NaN or infinity')
 
+# %% ../../nbs/5_select/06_restored.ipynb #394689d4
 def check_part(
     value:Any, # a part of a state
     shape:Any, # of `SHAPES`
@@ -86,6 +87,7 @@ def own_selectors(names:Any)->dict[str, tuple[str, dict]]: # setting -> name and
     "The selectors that are in no dictionary of this package."
     return {f'selectors.{n}': (n, SELECTORS) for n in names if n not in SELECTORS}
 
+# %% ../../nbs/5_select/06_restored.ipynb #3cb4c2e3
 def restored(
     name:str, # a key of `SELECTORS`, or 'package.module.Class'
     state:dict, # of such a selector
@@ -101,6 +103,7 @@ def restored(
     except Exception as e:
         raise ValueError(f'selector {name!r} cannot be made again ({type(e).__name__}: {e})') from e
 
+# %% ../../nbs/5_select/06_restored.ipynb #c7d20015
 def check_kind(
     name:str, # that it goes by
     selector:Any,

@@ -31,6 +31,7 @@ def in_place(path:str|Path)->list[str]:
     try: return (list(below(path)) if Path(path).is_dir() else []) or [os.fspath(path)]
     except (OSError, ValueError): return [os.fspath(path)]
 
+# %% ../../nbs/1_streams/18_given.ipynb #30852d2e
 def flat(images:object)->Iterator[object]:
     "One after the other whatever holds one image; ValueError for what holds none."
     if isinstance(images, (str, Path)): yield from in_place(images)
@@ -44,6 +45,7 @@ def flat(images:object)->Iterator[object]:
         raise ValueError(f'{str(images)[:40]!r} ({type(images).__name__}) is no image: give paths, folders, pictures '
                          'of Pillow, arrays, a data set, or a list of these')
 
+# %% ../../nbs/1_streams/18_given.ipynb #3176157d
 def listed(images:object)->list[Source]:
     "Every image with a name; ValueError for what holds none."
     found = []
@@ -120,6 +122,7 @@ def chunk(
     bad |= {name: 'its pixels are NaN or infinite' for name, ok in names if not ok}
     return Chunk([name for name, ok in names if ok], images if finite.all() else images[finite], bad)
 
+# %% ../../nbs/1_streams/18_given.ipynb #5a5e81f3
 def chunks(
     found:Sequence[Source],
     size:int, # pixels, of both sides

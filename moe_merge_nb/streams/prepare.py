@@ -159,6 +159,7 @@ def _look(args):
         found[n] = f._replace(problems=(*f.problems, f'{len(bad):,} images cannot be decoded'))
     return found
 
+# %% ../../nbs/1_streams/12_prepare.ipynb #d5cb1513
 def unseen(
     folder:str|Path,
     seed:int=1, # of the drawings
@@ -173,6 +174,7 @@ def unseen(
         Image.fromarray(images[0].transpose(1, 2, 0)).save(paths[-1])
     return paths
 
+# %% ../../nbs/1_streams/12_prepare.ipynb #0e24125d
 def _pictures(args):
     "Draw five pictures, and name them."
     print(*unseen(args.folder, args.seed), sep='\n')
