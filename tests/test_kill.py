@@ -1,5 +1,5 @@
 """A run that is killed at any moment and started again ends with the same bytes. `tools/kill_test.py 100` does it a
-hundred times; 09_reliability shows where it hit."""
+hundred times; 12_reliability shows where it hit."""
 import csv
 import os
 import subprocess

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT/'nbs'/'safe'/'09_reliability.ipynb'
+PAGE = ROOT/'nbs'/'safe'/'12_reliability.ipynb'
 CELLS = json.loads(PAGE.read_text(encoding='utf-8'))['cells']
 TEXT = '\n'.join(''.join(c['source']) for c in CELLS if c['cell_type'] == 'markdown')
 ROWS = [[cell.strip() for cell in line.strip('| ').split(' | ')] for line in TEXT.splitlines() if line.startswith('| ')]

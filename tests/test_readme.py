@@ -190,9 +190,9 @@ def test_make_has_what_is_named():
 # ---- outputs
 
 PAGES = [
-    '1_streams/16_order', '3_layer/04_kinds', '4_merge/01_usage', '6_learn/01_settings', '6_learn/05_method',
-    '6_learn/08_metrics', '7_baselines/06_methods', '8_rewrites/12_rules', 'run/01_config', 'run/02_options',
-    'run/16_line', 'run/17_told', 'run/19_jobs', 'safe/07_settings']
+    '1_streams/14_order', '3_layer/04_kinds', '4_merge/01_usage', '6_learn/01_settings', '6_learn/06_method',
+    '6_learn/10_metrics', '7_baselines/06_methods', '8_rewrites/12_rules', 'run/01_config', 'run/02_options',
+    'run/04_line', 'run/05_told', 'run/07_jobs', 'safe/07_settings']
 
 def said(cell):
     "What a cell showed as text, with its numbers apart."
