@@ -2,6 +2,7 @@
 import unicodedata
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from unittest.mock import patch
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from moe_merge_nb.learn.results import accuracy_matrix, summary
 from moe_merge_nb.learn.saved import load_result, save_result
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.merge.rule import Merge
+from moe_merge_nb.run.classify import load_classifier
 from moe_merge_nb.run.extending import extend, extend_job
 from moe_merge_nb.run.job import UsageError, job
 from moe_merge_nb.run.options import composed
@@ -258,6 +260,10 @@ def test_an_odd_folder_is_learned_and_extended_by_the_command(tmp_path):
     assert accuracy_matrix(b, 'gaussian').shape == (1, 2)
     assert [t.name for t in load(tmp_path/'more').tasks] == b.config['tasks']
     assert load(tmp_path/'more').tasks[1].classes == ('2001', 'caf\u00e9')
+    c = load_classifier(tmp_path/'more')
+    with pytest.warns(UserWarning, match='broken'): table = c(new, task=b.config['tasks'][1])
+    assert {Path(p).name for p in table.path} == {'0.png', '1.png', '2.png', 'grey.png', 'print.jpg', 'turned.jpg'}
+    assert set(table['class']) <= {'2001', 'caf\u00e9'}
     for wrong, says in (('seed=5', 'seed is 5, .* with 4'), ('method=moe_merge', "'moe_merge', .* with 'moe'"),
                         ('train.iterations=3', 'train.iterations is 3, .* with 2'),
                         ('model=pico', "'pretrained': None}, .* 'pretrained': 'random'"),
