@@ -29,6 +29,7 @@ RUNS = {f'{method}-{seed}': [f'method={method}', f'seed={seed}'] for method in M
     'top_p': ['method=moe_merge', 'experts.gate=top_p'],
 }
 SAME = {'place': 'column_to_expert', 'always': 'always_on'} # what was renamed
+NEW = ('frozen',) # what a bank did not hold then
 TABLES = ['matrix.csv', 'selection.csv', 'usage.csv', 'fixed.csv', 'events.jsonl']
 THREE = '''"The first three tasks of the miniature, wherever the package keeps it."
 try: from moe_merge_nb.streams.mini import mini
@@ -94,7 +95,7 @@ def rewritten(rule: str, source: str) -> dict:
     small = command.changed(shared.model, shared.tokenizer, stream, rule, **numbers)
     tensors = {}
     for i, b in enumerate(bank.banks(small)):
-        values = {SAME.get(f.name, f.name): getattr(b, f.name) for f in fields(b)}
+        values = {SAME.get(f.name, f.name): getattr(b, f.name) for f in fields(b) if f.name not in NEW}
         tensors |= {f'{i}.{k}': v for k, v in values.items() if isinstance(v, torch.Tensor)}
         tensors |= {f'{i}.{e}.{k}': v for e, s in enumerate(b.states) for k, v in s.items()}
     right = reduce.last(small, shared.tokenizer, stream)
