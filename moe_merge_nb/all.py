@@ -20,6 +20,7 @@ from .learn.saved import load_result, save_result
 from .learn.settings import Train
 from .merge.rule import Merge
 from .run.classify import load_classifier
+from .run.extending import extend
 from .run.share import load
 from .streams.datasets import mtil
 from .streams.folder import folder
@@ -29,5 +30,5 @@ from .streams.tasks import Stream, Task, first, toy_stream
 # %% ../nbs/run/all.ipynb #2a4336a5
 __all__ = [
     'AdaptedCLIP', 'Experts', 'FreezeMostUsed', 'METHODS', 'Merge', 'Method', 'PROTOCOLS', 'Result', 'Stream', 'TRAIN',
-    'Task', 'Train', 'accuracy_matrix', 'evaluate', 'first', 'folder', 'load', 'load_classifier', 'load_clip',
+    'Task', 'Train', 'accuracy_matrix', 'evaluate', 'extend', 'first', 'folder', 'load', 'load_classifier', 'load_clip',
     'load_result', 'method', 'mini', 'mtil', 'replace', 'run', 'save_result', 'summary', 'toy_stream']
