@@ -26,3 +26,10 @@ def test_an_edited_file_has_another_digest():
             after = sources({'shout': ('my_shouts_of_a_test.twice', shouts)})
         finally: sys.path.remove(folder)
     assert before.keys() == after.keys() == {'my_shouts_of_a_test.twice'} and before != after
+
+
+def test_methods_of_built_in_classes_have_names_too():
+    import torch
+    assert called(str.upper) == 'builtins.str.upper' and importable_name(str.upper, 'x') == 'builtins.str.upper'
+    assert called([].append) == 'builtins.list.append'
+    with pytest.raises(ValueError, match='no other process can import'): importable_name(torch.Tensor.mean, 'x')

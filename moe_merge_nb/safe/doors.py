@@ -76,7 +76,7 @@ def called(
 )->str:
     "Module and name of a function or class, importable or not; for other things that can be called, their kind."
     named = function if hasattr(function, '__qualname__') else type(function)
-    return f'{named.__module__}.{named.__qualname__}'
+    return f'{module_of(named)}.{named.__qualname__}'
 
 # %% ../../nbs/safe/08_doors.ipynb #68f032a2
 def spec_of(module:str)->ModuleSpec|None: # None: Python does not find it
