@@ -1,10 +1,8 @@
 """HoME: its expert, its table, its second gate; and the whole from the command line, killed and gone on with."""
-import csv
 import os
 import signal
 import sys
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 import pytest
 import torch
@@ -14,11 +12,12 @@ from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.mix import MIXES, mix_loop
 from moe_merge_nb.layer.moe import MoE, Route
 from moe_merge_nb.layer.router import ROUTERS, top_k_gates
+from moe_merge_nb.learn.checks import check
 from moe_merge_nb.learn.saved import load_result
-from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.run import cli
 from moe_merge_nb.run.share import load, save
+from moe_merge_nb.streams.tasks import toy_stream
 from moe_merge_nb.variants.home import Hierarchy, HomeRouter, NormSwish, mix_home, open_only, own_experts, self_gates
 from toys import toy_model
 
@@ -68,8 +67,6 @@ def test_how_strongly_it_reads_does_not_matter():
 def test_it_has_no_algebra_so_rules_that_look_inside_refuse_it():
     assert algebra_of(NormSwish(8, 2)) is None
     with pytest.raises(ValueError, match='merge.align.*no algebra'):
-        from moe_merge_nb.learn.checks import check
-        from moe_merge_nb.streams.tasks import toy_stream
         check(method('home', merge=Merge(align=True)), toy_stream(2))
 
 # ---- the table
@@ -104,7 +101,8 @@ def test_a_task_that_cannot_be_served_is_refused(h, parts, said):
     with pytest.raises(ValueError, match=said): h.before_task(learner(**parts))
 
 def test_a_task_without_own_experts_is_told_so():
-    with pytest.warns(UserWarning, match="'a' has no experts of its own, only 2 shared"): Hierarchy().before_task(learner(index=2))
+    said = "'a' has no experts of its own, only 2 shared"
+    with pytest.warns(UserWarning, match=said): Hierarchy().before_task(learner(index=2))
 
 def test_own_experts_are_frozen_when_their_task_ends():
     told = learner()
@@ -171,7 +169,8 @@ def test_prompts_are_encoded_as_in_training():
 # ---- the whole
 
 SMALL = ['method=home', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=8',
-         'train.warmup=2', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2', '+experts.options.expert.gate_rank=2']
+         'train.warmup=2', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2',
+         '+experts.options.expert.gate_rank=2']
 LEFT = ['matrix.csv', 'selection.csv', 'usage.csv', 'fixed.csv', 'events.jsonl', 'adapters.safetensors']
 
 def begin(directory):

@@ -6,7 +6,6 @@ each; seeds that are there are kept.
 import argparse
 import copy
 import csv
-from functools import partial
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,8 @@ def measured(model: AdaptedCLIP, tokenizer: object, task: Task) -> tuple[float, 
     "Accuracy and cross-entropy of the test images, and the mean largest gate."
     x, labels = stack(task.test)
     seen, words = [], class_embeddings(model, tokenizer, task, 0)
-    logits = class_logits(model.encode_image(x, 0, lambda r: seen.append(r.gates.amax(1).mean())), words, model.logit_scale)
+    z = model.encode_image(x, 0, lambda r: seen.append(r.gates.amax(1).mean()))
+    logits = class_logits(z, words, model.logit_scale)
     right = 100 * (logits.argmax(1) == labels).double().mean()
     loss = nn.functional.cross_entropy(logits, labels, label_smoothing=.2)
     return round(right.item(), 2), round(loss.item(), 4), round(torch.stack(seen).mean().item(), 3)

@@ -34,7 +34,8 @@ HEAD = ['part', 'seed', 'what', 'scale', 'accuracy', 'ratio', 'zeros', 'paramete
 def accuracy(model: AdaptedCLIP, tokenizer: object, task: Task, index: int) -> float:
     "Per cent of the task's test images that are right by its own routers."
     x, labels = stack(task.test)
-    logits = class_logits(model.encode_image(x, index), class_embeddings(model, tokenizer, task, index), model.logit_scale)
+    words = class_embeddings(model, tokenizer, task, index)
+    logits = class_logits(model.encode_image(x, index), words, model.logit_scale)
     return 100 * (logits.argmax(1) == labels).double().mean().item()
 
 @torch.no_grad()
