@@ -160,7 +160,7 @@ def test_a_vector_that_is_never_auxiliary_stays_ones():
 
 # ---- the whole
 
-SMALL = ['method=compressed', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=8',
+SMALL = ['method=compressed', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=6',
          'train.warmup=2', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2']
 LEFT = ['matrix.csv', 'selection.csv', 'usage.csv', 'fixed.csv', 'events.jsonl', 'adapters.safetensors']
 

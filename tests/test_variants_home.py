@@ -168,7 +168,7 @@ def test_prompts_are_encoded_as_in_training():
 
 # ---- the whole
 
-SMALL = ['method=home', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=8',
+SMALL = ['method=home', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=6',
          'train.warmup=2', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2',
          '+experts.options.expert.gate_rank=2']
 LEFT = ['matrix.csv', 'selection.csv', 'usage.csv', 'fixed.csv', 'events.jsonl', 'adapters.safetensors']
