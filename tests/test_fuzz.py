@@ -29,6 +29,7 @@ from moe_merge_nb.baselines.zscl import from_folder
 from moe_merge_nb.clip.backbone import read_weights, write_weights
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.layer.kinds import Experts
+from moe_merge_nb.layer.router import GATES
 from moe_merge_nb.learn.pack import load_results, pack, unpack
 from moe_merge_nb.learn.results import TABLES, example_result, summary
 from moe_merge_nb.learn.saved import SUMS, load_result, save_result
@@ -883,7 +884,7 @@ def test_settings_of_experts_are_of_their_kind_or_refused_by_name(name, value):
     if name in ('rank', 'top_k'): assert is_whole(value, 1)
     if name in ('scale', 'dropout', 'top_p'): assert is_number(value)
     if name == 'shared_init': assert type(value) is bool
-    if name == 'gate': assert value in ('top_k', 'top_p')
+    if name == 'gate': assert value in GATES
 
 REFUSED = [
     'train.iterations=1e400',
