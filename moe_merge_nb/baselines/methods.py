@@ -123,7 +123,14 @@ def methods(p:Protocol)->dict[str, Method]:
     return {m.name: m for m in found}
 
 METHODS = methods(PROTOCOLS['mini'])
-SYSTEMS = {} # name -> where Python finds a function from a `Protocol` to a `Method`: recipes of later chapters
+SYSTEMS = { # name -> where Python finds a function from a `Protocol` to a `Method`: recipes of later chapters
+    'home': 'moe_merge_nb.variants.home.home',
+    'thoughts': 'moe_merge_nb.variants.thoughts.recipe',
+    'chain': 'moe_merge_nb.variants.chain.recipe',
+    'compressed': 'moe_merge_nb.variants.compressed.compressed',
+    'mixer': 'moe_merge_nb.variants.mixer.mixer',
+    'cosine': 'moe_merge_nb.variants.survey.cosine_routed',
+}
 
 # %% ../../nbs/7_baselines/06_methods.ipynb #293a4727
 def method(

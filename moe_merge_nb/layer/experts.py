@@ -144,6 +144,8 @@ EXPERTS = {
     'relu': Expert,
     'gelu': GeluExpert,
     'norm': NormExpert,
+    'norm_swish': 'moe_merge_nb.variants.home.NormSwish',
+    'compressed': 'moe_merge_nb.variants.compressed.CompressedExpert',
 }
 
 # %% ../../nbs/3_layer/01_experts.ipynb #c78d0b28

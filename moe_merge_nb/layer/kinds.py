@@ -83,7 +83,7 @@ def make_router(
     width:int, # d of the block
 )->nn.Module: # token 0 (batch, width), noisy -> (batch, experts)
     "A new router: all that one task owns in a block."
-    return made_part(settings, 'router', width=width, n_experts=settings.n_experts)
+    return made_part(settings, 'router', width=width, n_experts=settings.n_experts, rank=settings.rank)
 
 # %% ../../nbs/3_layer/04_kinds.ipynb #368abcc6
 def make_gate(settings:Experts)->Callable[[Tensor], Tensor]: # logits (batch, experts) -> gates (batch, experts)

@@ -198,4 +198,8 @@ def route_once(
 
 MIXES = {
     'once': route_once,
+    'home': 'moe_merge_nb.variants.home.mix_home',
+    'thoughts': 'moe_merge_nb.variants.thoughts.thoughts',
+    'chain': 'moe_merge_nb.variants.chain.chain',
+    'main_and_aux': 'moe_merge_nb.variants.compressed.mix_main_and_aux',
 }

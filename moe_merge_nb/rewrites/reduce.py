@@ -29,7 +29,7 @@ from .bank import Bank, banks, n_expert_parameters, with_banks
 from .group import Rule, rewrite
 from .split import unweighted
 from .statistics import Statistics, calibrate
-from ..layer.router import top_k_gates, top_p_gates
+from ..layer.router import raw_top_k_gates, top_k_gates, top_p_gates
 from ..streams.tasks import Stream, Task, prompts
 from ..learn.loss import class_logits
 from ..learn.settings import lr_factor
@@ -204,7 +204,7 @@ def missing(
     return [(name, b) for b in budgets for name in rules if (str(init), str(seed), name, str(b)) not in known]
 
 # %% ../../nbs/8_rewrites/11_reduce.ipynb #1180f928
-GATES = {'top_k': top_k_gates, 'top_p': top_p_gates, 'unweighted': unweighted} # that can be written down
+GATES = {g.__name__.removesuffix('_gates'): g for g in (top_k_gates, top_p_gates, raw_top_k_gates, unweighted)}
 EARLIER = {'place': 'column_to_expert', 'always': 'always_on'} # names in files of earlier versions
 
 def as_row(b:Bank)->dict:
