@@ -33,7 +33,7 @@ def soft(x, route, experts):
     route(x)                                                            # so that usage is counted
     logits = x @ route.own.phi                                          # (batch, tokens, experts)
     weight = (logits - logits.detach().amax((1, 2), keepdim=True)).clamp(min=-60).exp()[..., None]
-    read = (weight * x[:, :, None]).cumsum(1) / weight.cumsum(1)        # (batch, tokens, experts, width), up to each token
+    read = (weight * x[:, :, None]).cumsum(1) / weight.cumsum(1)        # (batch, tokens, experts, width)
     said = torch.stack([e(read[:, :, i]) for i, e in enumerate(experts)], dim=2)
     return (logits.softmax(-1)[..., None] * said).sum(2)
 '''

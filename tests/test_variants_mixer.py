@@ -116,7 +116,7 @@ def test_no_gradient_reaches_the_routers_and_nothing_random_is_taken():
 def test_settings_are_checked_and_more_experts_than_images_refused():
     with pytest.raises(ValueError, match='baseline.start'): MixER(start='anywhere')
     with pytest.raises(ValueError, match='baseline.every'): MixER(every=-1)
-    with pytest.raises(ValueError, match='baseline.images is 2 for 3 experts: choose 3 or more'): trained(MixER(images=2))
+    with pytest.raises(ValueError, match='baseline.images is 2 for 3 experts'): trained(MixER(images=2))
 
 def test_merging_refuses_its_columns_by_name():
     with pytest.raises(ValueError, match="merge.router is 'mean' with experts.router='given'"):
