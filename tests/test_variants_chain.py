@@ -41,7 +41,7 @@ def test_raw_gates_are_the_largest_masses_as_they_are():
 
 @pytest.mark.parametrize('k', [0, 5])
 def test_raw_gates_refuse_a_number_of_experts_there_is_not(k):
-    with pytest.raises(ValueError, match=f'top_k is {k}, but there are 4 experts'): raw_top_k_gates(torch.zeros(1, 4), k)
+    with pytest.raises(ValueError, match=f'top_k is {k}, but'): raw_top_k_gates(torch.zeros(1, 4), k)
 
 @pytest.mark.parametrize('gate, learns', [('raw_top_k', True), ('top_k', False)])
 def test_the_routers_of_a_chain_learn_only_where_the_softmax_comes_first(gate, learns):

@@ -141,9 +141,10 @@ def measure_chain(
     for case, seed in [(case, seed) for seed in seeds for case in CASES]:
         if (case, seed) in have: continue
         row, table = measure_case(case, seed, iterations)
-        if case == 'chain of 2':
-            old = [pd.read_csv(pairs_file).query('seed != @seed')] if pairs_file.is_file() else []
-            with replacing(pairs_file) as part: pd.concat([*old, table.assign(seed=seed)]).to_csv(part, index=False)
+        if table is not None:
+            old = [pd.read_csv(pairs_file).query('case != @case or seed != @seed')] if pairs_file.is_file() else []
+            table = pd.concat([*old, table.assign(case=case, seed=seed)])
+            with replacing(pairs_file) as part: table.to_csv(part, index=False)
         rows = pd.concat([d for d in (rows, pd.DataFrame([row])) if len(d)], ignore_index=True)
         with replacing(file) as part: rows.round(4).to_csv(part, index=False)
     return rows

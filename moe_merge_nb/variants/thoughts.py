@@ -128,7 +128,11 @@ class Thoughts(Callback):
 
     def __post_init__(self): check_fields(self, 'baseline')
 
-    def routing_loss(self, learner:Learner, routings:list[Routing])->Tensor|None:
+    def routing_loss(self,
+        learner:Learner,
+        routings:list[Routing],
+    )->Tensor|None:
+        "Told after every pass of a tower."
         layers = {(moe.tower, moe.block): moe for moe in learner.model.moes}
         seen = [r for r in routings if r.tower == 'image' and r.logits.shape[1] > 1]
         if not seen: return None
@@ -165,12 +169,23 @@ class Watched(Callback):
     "Keeps the loss on classes and the shares of the largest gate, of every iteration."
     def __init__(self): self.ce, self.largest = [], []
 
-    def main_loss(self, learner:Learner, images:Tensor, labels:Tensor, ce, **how)->Tensor:
+    def main_loss(self,
+        learner:Learner,
+        images:Tensor,
+        labels:Tensor,
+        ce:Callable[..., Tensor],
+        **how:Any,
+    )->Tensor: # ()
+        "The cross-entropy, noted."
         loss = ce(**how)
         self.ce.append(float(loss))
         return loss
 
-    def routing_loss(self, learner:Learner, routings:list[Routing]):
+    def routing_loss(self,
+        learner:Learner,
+        routings:list[Routing],
+    ):
+        "Told after every pass of a tower."
         share = [float((r.gates.amax(1) / r.gates.sum(1)).mean()) for r in routings if r.tower == 'image']
         if share: self.largest.append(sum(share) / len(share))
 
