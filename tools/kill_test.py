@@ -144,9 +144,16 @@ def end(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def contents(directory: str) -> dict[str, bytes]:
+def content(path: Path) -> object:
+    "Its bytes; of tensors with a header what they are, since the order of a header's entries is chance."
+    if path.suffix != '.safetensors': return path.read_bytes()
+    header, tensors = held(path)
+    return sorted(header.items()), {name: t.numpy().tobytes() for name, t in tensors.items()}
+
+
+def contents(directory: str) -> dict[str, object]:
     "What must be equal."
-    return {p.name: p.read_bytes() for p in sorted(Path(directory).iterdir()) if p.suffix in EQUAL}
+    return {p.name: content(p) for p in sorted(Path(directory).iterdir()) if p.suffix in EQUAL}
 
 
 def kill(pid: int, phase: Phase, rng: random.Random, seconds: float, aim: str) -> bool: # False: it was through before

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['weight', 'THOUGHTS', 'PLAIN', 'CASES', 'ThoughtsRouter', 'hidden', 'slots', 'thoughts', 'entropy_loss',
-           'balance_loss', 'consistency_loss', 'Thoughts', 'recipe', 'Watched', 'measure_case', 'measure_thoughts']
+           'balance_loss', 'consistency_loss', 'Thoughts', 'of_block', 'recipe', 'Watched', 'measure_case',
+           'measure_thoughts']
 
 # %% ../../nbs/9_variants/02_thoughts.ipynb #39cbc984
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 import math
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from ..baselines.methods import METHODS, Protocol, methods
@@ -128,25 +131,27 @@ class Thoughts(Callback):
 
     def __post_init__(self): check_fields(self, 'baseline')
 
-    def routing_loss(self,
-        learner:Learner,
-        routings:list[Routing],
-    )->Tensor|None:
-        "Told after every pass of a tower."
-        layers = {(moe.tower, moe.block): moe for moe in learner.model.moes}
-        seen = [r for r in routings if r.tower == 'image' and r.logits.shape[1] > 1]
-        if not seen: return None
-        return sum(self.of_block(layers[r.tower, r.block], r) for r in seen) / len(seen)
+# %% ../../nbs/9_variants/02_thoughts.ipynb #ab84cf35
+@patch
+def routing_loss(self:Thoughts,
+    learner:Learner,
+    routings:list[Routing],
+)->Tensor|None:
+    "Told after every pass of a tower."
+    layers = {(moe.tower, moe.block): moe for moe in learner.model.moes}
+    seen = [r for r in routings if r.tower == 'image' and r.logits.shape[1] > 1]
+    if not seen: return None
+    return sum(self.of_block(layers[r.tower, r.block], r) for r in seen) / len(seen)
 
-    def of_block(self,
-        moe:MoE, # the layer
-        r:Routing, # what it has decided
-    )->Tensor: # ()
-        "The three terms, with their weights."
-        loss = self.entropy * entropy_loss(r.logits) + self.balance * balance_loss(r.gates)
-        if not self.consistency: return loss
-        again = moe.score(moe.routers[r.task], r.x[:, 0])
-        return loss + self.consistency * consistency_loss(r.logits, again, self.temperature)
+def of_block(self,
+    moe:MoE, # the layer
+    r:Routing, # what it has decided
+)->Tensor: # ()
+    "The three terms, with their weights."
+    loss = self.entropy * entropy_loss(r.logits) + self.balance * balance_loss(r.gates)
+    if not self.consistency: return loss
+    again = moe.score(moe.routers[r.task], r.x[:, 0])
+    return loss + self.consistency * consistency_loss(r.logits, again, self.temperature)
 
 # %% ../../nbs/9_variants/02_thoughts.ipynb #eda7c06a
 THOUGHTS = dict(top_k=3, gate='raw_top_k', router='thoughts', mix='thoughts')
@@ -165,6 +170,7 @@ CASES = { # name -> fields of `Experts`, callback
     'rank 17': (PLAIN | dict(rank=17), [Thoughts()]),
 }
 
+# %% ../../nbs/9_variants/02_thoughts.ipynb #855c5d30
 class Watched(Callback):
     "Keeps the loss on classes and the shares of the largest gate, of every iteration."
     def __init__(self): self.ce, self.largest = [], []
