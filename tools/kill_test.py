@@ -32,6 +32,7 @@ from moe_merge_nb.learn.callbacks import FreezeMostUsed
 from moe_merge_nb.learn.method import Method
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.merge.rule import Merge
+from moe_merge_nb.safe.checkpoint import contents as held
 from moe_merge_nb.streams.tasks import Images, Stream, Task
 
 PHASES = ['beginning', 'training', 'saving', 'evaluation', 'the end']

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['weight', 'THOUGHTS', 'PLAIN', 'CASES', 'ThoughtsRouter', 'hidden', 'slots', 'thoughts', 'entropy_loss',
-           'balance_loss', 'consistency_loss', 'Thoughts', 'of_block', 'recipe', 'Watched', 'measure_case',
-           'measure_thoughts']
+           'balance_loss', 'consistency_loss', 'Thoughts', 'recipe', 'Watched', 'measure_case', 'measure_thoughts']
 
 # %% ../../nbs/9_variants/02_thoughts.ipynb #39cbc984
 from collections.abc import Callable, Iterable
@@ -143,7 +142,8 @@ def routing_loss(self:Thoughts,
     if not seen: return None
     return sum(self.of_block(layers[r.tower, r.block], r) for r in seen) / len(seen)
 
-def of_block(self,
+@patch
+def of_block(self:Thoughts,
     moe:MoE, # the layer
     r:Routing, # what it has decided
 )->Tensor: # ()
