@@ -188,23 +188,17 @@ TAGS = { # kind -> name -> tags
     'expert': each('relu gelu norm', expert='FFN') | each('norm_swish', expert='normalised FFN')
         | each('compressed', expert='FFN and vector'),
     'router': {
-        **each('noisy', gate='noisy linear', level='instance'),
+        **each('noisy thoughts', gate='noisy linear', level='instance'),
         **each('mlp', gate='MLP', level='instance'),
         **each('cosine perturbed_cosine', gate='cosine', level='instance'),
         **each('given', gate='computed', level='context'),
         **each('home chain', gate='several linear', level='instance'),
-        **each('thoughts', gate='noisy linear', level='instance'),
     },
     'gate': each('top_k raw_top_k', gate='top-k') | each('top_p', gate='top-p') | each('all_best', gate='all best'),
-    'mix': {
-        **each('once thoughts'),
-        **each('home chain', gate='several linear'),
-        **each('main_and_aux', expert='FFN and vector'),
-    },
-    'combine': {
-        **each('mean usage_weighted task_arithmetic ties dare dare_ties doge doge_relative', paradigm='continual'),
-        **each('submoe dern', expert='FFN', paradigm='continual'),
-    },
+    'mix': each('once thoughts') | each('home chain', gate='several linear')
+        | each('main_and_aux', expert='FFN and vector'),
+    'combine': each('mean usage_weighted task_arithmetic ties dare dare_ties doge doge_relative', paradigm='continual')
+        | each('submoe dern', expert='FFN', paradigm='continual'),
     'start': each('keep merged pairs copy fresh', level='task', paradigm='continual'),
     'selector': each('oracle none autoencoder gaussian text', level='task', paradigm='continual'),
     'strategy': each('routed averaged', level='task', paradigm='inference'),
