@@ -18,7 +18,7 @@ def test_unused_experts_have_no_gradient():
 
 
 def test_every_kind_of_expert_is_mixed_as_the_loop_says():
-    for kind in EXPERTS.values():
+    for kind in (e for e in EXPERTS.values() if not isinstance(e, str)):
         torch.manual_seed(0)
         experts, x, gates = many(lambda: kind(8, 3), 4).eval(), torch.randn(5, 6, 8), top_k_gates(torch.randn(5, 4))
         for p in experts.parameters(): nn.init.normal_(p)

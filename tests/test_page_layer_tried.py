@@ -6,6 +6,7 @@ from moe_merge_nb.layer.kinds import *
 from moe_merge_nb.layer.tried import *
 
 
-def test_all_parts_of_this_package_pass():
+def test_all_parts_of_this_chapter_pass():
     for kind, names in KINDS.items():
-        for name in names: try_out(Experts(n_experts=4, rank=2, **{kind: name}))
+        here = [n for n, part in names.items() if not isinstance(part, str)] # those of chapter 9 need each other
+        for name in here: try_out(Experts(n_experts=4, rank=2, **{kind: name}))
