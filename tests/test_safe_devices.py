@@ -15,11 +15,11 @@ def test_shares_are_a_partition_of_every_batch():
 
 
 def test_parts_of_a_batch_draw_the_noise_of_the_whole():
+    from moe_merge_nb.layer.kinds import Experts, make_router
     from moe_merge_nb.layer.router import ROUTERS
-    from moe_merge_nb.safe.doors import resolve
-    for kind in (resolve(name, ROUTERS, 'router') for name in ROUTERS):
+    for name in ROUTERS:
         torch.manual_seed(0)
-        router, x0 = kind(8, 5), torch.randn(6, 8)
+        router, x0 = make_router(Experts(n_experts=5, rank=4, router=name), 8), torch.randn(6, 8)
         for p in router.parameters(): torch.nn.init.normal_(p, std=.1)
         def drawn(rows):
             torch.manual_seed(3)
