@@ -30,13 +30,14 @@ demo: install
 
 # In five parts, each in processes of its own: what pages leave in memory is gone before the next part.
 PAGES := $(BIN)/nbdev_test --n_workers 2 --timing
+# Each file of tests is run by one worker, which makes its fixtures once (groups by mark have no effect with pytest 9.2 and pytest-xdist 3.8).
 test: install
 	$(PAGES) --folder_re 'nbs/[1-5]_\w+$$'
 	$(PAGES) --folder_re 'nbs/([6-9]|1\d)_\w+$$' --skip_file_re '^(index|00_tour)'
 	$(PAGES) --folder_re 'nbs/(cost|figures)$$' --skip_file_re '^(index|00_tour)'
 	$(PAGES) --folder_re 'nbs/run$$' --skip_file_re '^(index|00_tour)'
 	$(PAGES) --folder_re 'nbs/safe$$' --skip_file_re '^(index|00_tour)'
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: install
 	$(BIN)/jupyter lab nbs

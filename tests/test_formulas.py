@@ -26,7 +26,6 @@ from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.adapt import AdaptedCLIP, n_adapter_parameters, widths
 from moe_merge_nb.layer.moe import MoE, mixture
 
-pytestmark = pytest.mark.xdist_group('formulas')    # the towers are made once, by one worker
 
 E, R, K, S, P = 22, 64, 2, 0.1, 0.1  # experts, rank, top-k, scale, dropout
 TOWERS = ['image', 'text']

@@ -17,7 +17,6 @@ from moe_merge_nb.run.job import method_of
 from moe_merge_nb.run.options import composed
 from moe_merge_nb.streams import prepare
 
-pytestmark = pytest.mark.xdist_group('readme') # one test reports the runs of another
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT/'README.md').read_text(encoding='utf-8')

@@ -29,7 +29,6 @@ from moe_merge_nb.learn.train import train_task
 from moe_merge_nb.merge.rule import Merge, merge_once
 from moe_merge_nb.streams.tasks import Images, Stream, Task, prompts
 
-pytestmark = pytest.mark.xdist_group('wide')    # what is made once for this file is made by one worker
 
 TOKENIZER = pico_tokenizer()
 VISION = CLIPVisionCfg(image_size=8, patch_size=4, width=16, layers=2, head_width=8)
