@@ -14,8 +14,8 @@ from moe_merge_nb.run.share import load, save
 from test_page_extend import FUNCTIONS, MODULES, SELECTOR
 
 SMALL = [
-    'method=moe_merge', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=12',
-    'train.warmup=2', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2']
+    'method=moe_merge', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=4', 'train.iterations=8',
+    'train.warmup=2', 'selectors=[oracle]', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2']
 KINDS = {
     'merge rule': ['merge.combine=my_parts.strongest'],
     'gate': ['experts.gate=my_parts.raw_top_k'],

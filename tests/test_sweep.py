@@ -110,7 +110,7 @@ SWEEP = [
     *TINY,
     'seed=0,1',
     'experts.top_k=2,5',
-    'train.iterations=100',
+    'train.iterations=40',
     'save_every=5',
     'selectors=[oracle]',
     'hydra/launcher=processes',

@@ -2,6 +2,7 @@
 
 The site is made by mkdocs-material: chapters as a tree, search, previous and next. Formulas become MathML on the way.
 A link that leads nowhere is an error."""
+import ast
 import logging
 import re
 import shutil
@@ -21,6 +22,8 @@ LINK = re.compile(r'\]\((?!https?:|#)([\w./-]+)\.ipynb(#[\w-]+)?\)') # between n
 OUTSIDE = re.compile(r'\]\((?!https?:|#)((?:\.\./)*)([\w./-]+?)/?\)') # of nbs/, relative
 FORMULA = re.compile(r'(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|(?<![\\\w$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])', re.S)
 SHIM = 'https://unpkg.com/iframe-worker/shim' # what mkdocs-material loads, and ours is in its place
+BLOCK = re.compile(r'```python\n(.*?)```', re.S) # of code
+FOLD = '<details class="imports" markdown="1"><summary>imports</summary>\n\n', '\n\n</details>'
 CHAPTERS = ('figures', 'run', 'safe', 'cost') # after the numbered ones
 
 def for_readers(
@@ -103,6 +106,20 @@ def navigation(
     first = [{'moe_merge_nb': Path(cfg.readme_nb).with_suffix('.md').as_posix()}, *top]
     return first + [{f.replace('_', ' '): chapter(f)} for f in (*numbered, *CHAPTERS)]
 
+def only_imports(code:str)->bool:
+    "Is there nothing else in it?"
+    try: body = ast.parse(code).body
+    except SyntaxError: return False # a magic
+    return bool(body) and all(isinstance(line, (ast.Import, ast.ImportFrom)) for line in body)
+
+def imports_folded(
+    text:str, # Markdown of a page
+)->str:
+    "Blocks of nothing but imports are closed until a reader opens them; neighbours are one."
+    def fold(found): return found[0].join(FOLD) if only_imports(found[1]) else found[0]
+    begin, end = map(re.escape, FOLD)
+    return re.sub(rf'{end}\s+{begin}', '\n\n', BLOCK.sub(fold, text))
+
 def write_pages(
     cfg:Config,
     pages:list[Path],
@@ -113,7 +130,7 @@ def write_pages(
         to = out/p.relative_to(cfg.nbs_path).with_suffix('.md')
         text, pictures = rendered(for_site(cfg, p), p.stem)
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(text, encoding='utf-8')
+        to.write_text(imports_folded(text), encoding='utf-8')
         for name, data in pictures.items():
             (to.parent/name).parent.mkdir(parents=True, exist_ok=True)
             (to.parent/name).write_bytes(data)
