@@ -66,12 +66,23 @@ def write_readme(cfg:Config):
     (cfg.config_path/'README.md').write_text(text, encoding='utf-8')
     for name, data in pictures.items(): (cfg.config_path/name).write_bytes(data)
 
+def converted(
+    formula:str, # LaTeX
+    **how,
+)->str: # MathML
+    "ValueError for a command that the converter does not know: it would stand there as text."
+    known = re.sub(r'\\[bB]igg?[lrm]?(?![A-Za-z])', '', formula) # MathML stretches by itself
+    known = known.replace(r'\arg', r'\operatorname{arg}')
+    made = convert(known, **how)
+    if '\\' not in made: return made
+    raise ValueError(f'{formula!r} becomes {made!r}: write it without the command that is left over')
+
 def mathml(found:re.Match)->str:
     "One of `FORMULA`: code stays as it is."
     code, display, inline = found.groups()
     if code: return code
-    if display: return f'\n\n<div>{convert(display.strip(), display="block")}</div>\n\n'
-    return f'<span>{convert(inline)}</span>' # in a span: a line may begin with it
+    if display: return f'\n\n<div>{converted(display.strip(), display="block")}</div>\n\n'
+    return f'<span>{converted(inline)}</span>' # in a span: a line may begin with it
 
 def for_site(
     cfg:Config,
