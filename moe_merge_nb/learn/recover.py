@@ -123,6 +123,8 @@ def differences(
     said = {k: f'{_shown(a)}, not {_shown(b)}' for k, (a, b) in both.items() if a != b}
     edited = [k for k in said if k.startswith('sources.') and ... not in both[k]]
     said |= dict.fromkeys(edited, 'its file was edited since')
+    images = [k for k in said if k.startswith('data_sha256.') and ... not in both[k]]
+    said |= dict.fromkeys(images, 'other images, labels, class names or templates of this task')
     return [f'{k} ({how})' for k, how in said.items()]
 
 # %% ../../nbs/6_learn/20_recover.ipynb #410c1ffa
