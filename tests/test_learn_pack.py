@@ -31,3 +31,11 @@ def test_paths_of_all_kinds_are_read():
         with pytest.raises(FileNotFoundError, match='no finished run'): load_results(f'{tmp}/nothing')
         Path(tmp, 'other.csv').write_text('a,b\n1,2\n')
         with pytest.raises(ValueError, match='other.csv lacks the columns'): load_results(f'{tmp}/other.csv')
+
+def test_runs_that_saw_other_images_under_one_data_seed_are_not_packed_together(tmp_path):
+    runs = [example_result('moe'), example_result('moe_merge')]
+    for r, digest in zip(runs, 'ab'): r.config['data_sha256'] = dict(Aircraft=digest * 64)
+    with pytest.raises(ValueError, match='different images under the same data seed'): pack(runs, tmp_path/'r.csv')
+    assert not list(tmp_path.iterdir())
+    runs[1].config['data_sha256'] = runs[0].config['data_sha256']
+    assert len(unpack(pack(runs, tmp_path/'r.csv'))) == 2
