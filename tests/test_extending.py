@@ -1,4 +1,8 @@
 """A finished run learns further tasks: what comes out is what learning all of them at once would have given."""
+import os
+import signal
+import sys
+import time
 import unicodedata
 from dataclasses import replace
 from functools import cache
@@ -20,6 +24,7 @@ from moe_merge_nb.learn.results import accuracy_matrix, summary
 from moe_merge_nb.learn.saved import load_result, save_result
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.merge.rule import Merge
+from moe_merge_nb.run import cli
 from moe_merge_nb.run.classify import load_classifier
 from moe_merge_nb.run.extending import extend, extend_job
 from moe_merge_nb.run.job import UsageError, job
@@ -273,3 +278,41 @@ def test_an_odd_folder_is_learned_and_extended_by_the_command(tmp_path):
     nothing = [a if not a.startswith('old=') else f'old={new}' for a in asked]
     with pytest.raises(UsageError, match='where none of the tasks is that the run knows'):
         extend_job(composed(*nothing), None, nothing, False)
+
+
+# ---- the command, killed
+
+LEARN = [
+    'stream=toy', 'stream.n_tasks=2', 'method=moe_merge', 'train.iterations=2', 'train.batch=4', 'experts.n_experts=8']
+MORE = [
+    'extend=run', 'old=true', 'save_every=2', 'stream=mini', 'order=[MNIST]', 'stream.n_train=20', 'stream.n_test=4']
+
+def command(arguments):
+    "`moe-merge` in a forked process: its number."
+    pid = os.fork()
+    if pid: return pid
+    code = 1
+    try:
+        for fd in (1, 2): os.dup2(os.open('out.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+        sys.argv = ['moe-merge', *arguments]
+        cli.main()
+        code = 0
+    except SystemExit as e: os.write(2, f'{e}\n'.encode())
+    finally: os._exit(code)
+
+def test_killed_while_it_extends_a_drawn_stream_it_ends_as_if_undisturbed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    how = ['selectors=[oracle]', 'model=random', f'stream.cache={tmp_path}/cache']
+    assert end(command([*LEARN, *how[:2], 'hydra.run.dir=run'])) == 0, Path('out.txt').read_text()
+    more = [*MORE, how[2]]
+    assert end(command([*more, 'hydra.run.dir=whole'])) == 0, Path('out.txt').read_text()
+    pid = command([*more, 'hydra.run.dir=killed'])
+    while not Path('killed/checkpoint.safetensors').is_file(): time.sleep(.002)
+    os.kill(pid, signal.SIGKILL)
+    assert end(pid) == -signal.SIGKILL
+    assert end(command([*more, 'hydra.run.dir=killed'])) == 0, Path('out.txt').read_text()
+    for name in ('matrix.csv', 'events.jsonl', 'usage.csv', 'adapters.safetensors'):
+        assert Path('whole', name).read_bytes() == Path('killed', name).read_bytes(), name
+    matrix = load_result('whole').matrix
+    assert list(matrix.task) == ['squares', 'circles', 'MNIST'] and set(matrix.after) == {'MNIST'}

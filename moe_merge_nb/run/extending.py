@@ -124,10 +124,10 @@ def check_given(
 # %% ../../nbs/run/25_extending.ipynb #f3be9196
 def old_stream(
     config:dict, # of the run that is extended
-    root:str,
+    root:str, # a folder; 'true': made as it was made for the run
 )->Stream:
-    "The tasks that it knows which are in a folder, made as they were."
-    stream = stream_from_config(config, root=root)
+    "The tasks that it knows, as many as are there."
+    stream = stream_from_config(config, root=None if root == 'true' else root)
     tasks = [t for t in stream if t.name in config['tasks']]
     if tasks: return Stream(stream.name, tasks, stream.info)
     raise ValueError(f'old is {root!r}, where none of the tasks is that the run knows: {config["tasks"]}')

@@ -34,7 +34,7 @@ TOP = {
     'from': (None, 'the run that is rewritten'),
     'recover': (0, 'iterations of training after a rewrite'),
     'extend': (None, 'a finished run, or a shared file of one, which learns the tasks of this stream in addition'),
-    'old': (None, 'the folder with the images of tasks it knows; null: it is not evaluated on them'),
+    'old': (None, 'the folder with the images of tasks it knows; true: where it had them; null: not evaluated'),
     'add_experts': (None, 'more experts for every block of what is extended; 0: none, even if all are frozen')}
 ALSO = dict(
     protocol='whose settings a method is trained by',
