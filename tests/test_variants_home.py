@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from types import SimpleNamespace
+import pandas as pd
 import pytest
 import torch
 from moe_merge_nb.baselines.methods import method
@@ -18,7 +19,9 @@ from moe_merge_nb.merge.rule import Merge
 from moe_merge_nb.run import cli
 from moe_merge_nb.run.share import load, save
 from moe_merge_nb.streams.tasks import toy_stream
-from moe_merge_nb.variants.home import Hierarchy, HomeRouter, NormSwish, mix_home, open_only, own_experts, self_gates
+from moe_merge_nb.variants import home
+from moe_merge_nb.variants.home import Hierarchy, HomeRouter, NormSwish, held_out, measure_scale
+from moe_merge_nb.variants.home import mix_home, open_only, own_experts, self_gates
 from toys import toy_model
 
 PARTS = dict(expert='norm_swish', router='home', mix='home')
@@ -165,6 +168,31 @@ def test_prompts_are_encoded_as_in_training():
     model, tokenizer = toy_model(**PARTS)
     tokens = tokenizer(['a photo of a dog', 'a photo of a cat', 'a dog'])
     torch.testing.assert_close(model.encode_prompts(tokens, 1), model.encode_text(tokens, 1), rtol=1e-4, atol=1e-5)
+
+# ---- the choice of the factor
+
+def test_the_recipe_has_the_factor_that_was_chosen():
+    assert method('home').experts.scale == 1.5 and method('moe').experts.scale == .1
+
+def test_settings_are_chosen_without_test_images():
+    [task] = toy_stream(1)
+    n, cut = len(task.train), held_out(task, .75)
+    for what in ('images', 'labels'):
+        every = getattr(task.train, what)
+        assert torch.equal(getattr(cut.train, what), every[:n*3//4])
+        assert torch.equal(getattr(cut.test, what), every[n*3//4:])
+    assert cut.calibration is cut.train and cut.classes == task.classes
+
+def test_measuring_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    path, [task] = tmp_path/'rows.csv', toy_stream(1)
+    monkeypatch.setattr(home, 'mini', lambda seed, order: [task])
+    how = dict(domain=task.name, iterations=2, data_seeds=[50])
+    measure_scale(path, tried=[(.1, 1e-2)], **how)
+    first = path.read_text()
+    path.write_text(first.replace(',50,', ',50,-')) # it would be seen if the row was made again
+    measure_scale(path, tried=[(.1, 1e-2), (1.5, 1e-2)], **how)
+    rows = pd.read_csv(path)
+    assert rows.scale.tolist() == [.1, 1.5] and rows.accuracy[0] < 0 < rows.accuracy[1]
 
 # ---- the whole
 
