@@ -37,18 +37,18 @@ def begin(name: str, directory: Path, iterations: int) -> int: # process id
 
 
 def end(pid: int, directory: Path):
-    "Wait for a run; SystemExit with the end of what it said if it failed."
+    "Wait for a run; RuntimeError with the end of what it said if it failed."
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-        sys.exit('\n'.join((directory.parent/'out.txt').read_text().splitlines()[-20:]))
+        raise RuntimeError((directory.parent/'out.txt').read_text().splitlines()[-1])
 
 
 def kill(pid: int, checkpoint: Path) -> str: # where
-    "SIGKILL as soon as there is a checkpoint; SystemExit if the run was through before."
+    "SIGKILL as soon as there is a checkpoint; RuntimeError if the run was through before."
     while not checkpoint.is_file():
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): break
         time.sleep(.005)
     os.kill(pid, signal.SIGKILL)
-    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != -signal.SIGKILL: sys.exit('the run was not killed')
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != -signal.SIGKILL: raise RuntimeError('the run was not killed')
     saved = read_newest(checkpoint)
     middle = saved['snapshot']
     return f"task {saved['done'] + 1}, iteration {middle['task']['iteration'] if middle else 0}"
@@ -82,4 +82,8 @@ if __name__ == '__main__':
     p.add_argument('names', nargs='*', default=[*SYSTEMS], help='of recipes; all if none is given')
     p.add_argument('--iterations', type=int, default=24, help='per task')
     args = p.parse_args()
-    sys.exit(not all([one(name, args.iterations) for name in args.names]))
+    equal = []
+    for name in args.names:
+        try: equal.append(one(name, args.iterations))
+        except RuntimeError as e: equal.append(print(f'{name}: FAILED: {e}', flush=True))
+    sys.exit(not all(equal))
