@@ -145,6 +145,7 @@ def test_equal_expert_calls_are_equal():
 def test_a_chain_merges_and_is_saved_killed_resumed_and_shared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chosen = ['experts.router=chain', 'experts.mix=chain', 'experts.gate=raw_top_k', 'experts.top_k=1']
+    chosen.append('selectors=[oracle]')
     assert end(begin(chosen, 'whole')) == 0, (tmp_path/'out.txt').read_text()
     assert killed(chosen, 'killed', tmp_path)
     for name in LEFT: assert (tmp_path/'whole'/name).read_bytes() == (tmp_path/'killed'/name).read_bytes(), name

@@ -1,12 +1,9 @@
 """Compressed experts: what a vector does and does not do; and the whole from the command line, killed and gone on
 with."""
 import copy
-import os
-import signal
-import sys
-import time
 import pytest
 import torch
+import test_own_parts
 from moe_merge_nb.baselines.methods import method
 from moe_merge_nb.layer.experts import EXPERTS, Expert, algebra_of, read, write
 from moe_merge_nb.layer.kinds import Experts
@@ -16,11 +13,11 @@ from moe_merge_nb.learn.learner import Callback
 from moe_merge_nb.learn.saved import load_result
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.train import train_task
-from moe_merge_nb.run import cli
 from moe_merge_nb.run.share import load, save
 from moe_merge_nb.streams.tasks import toy_stream
 from moe_merge_nb.variants.compressed import (
-    CompressedExpert, VectorsOnly, main_gates, mix_main_and_aux, vectors)
+    CompressedExpert, VectorsOnly, main_gates, mix_main_and_aux, shares, vectors)
+from test_own_parts import LEFT, begin, end, killed
 from toys import toy_model
 
 PARTS = dict(expert='compressed', mix='main_and_aux', top_k=4)
@@ -158,45 +155,28 @@ def test_a_vector_that_is_never_auxiliary_stays_ones():
             assert not was or not torch.equal(e.into, torch.ones_like(e.into))
     assert kinds == {True, False}
 
+@pytest.mark.parametrize('mass', [1e-3, 1e-12, 1e-25, 5e-42, 0.])
+def test_gradients_are_finite_however_sure_the_router_is(mass):
+    aux = torch.tensor([[0., .75 * mass, .25 * mass], [0., .3, .1]], requires_grad=True)
+    each = torch.rand(3, 4, requires_grad=True)
+    torch.testing.assert_close(shares(aux)[0], torch.tensor([0., .75, .25]) * (mass > 0), atol=1e-3, rtol=0)
+    vectors(aux, each).square().sum().backward()
+    assert aux.grad.isfinite().all() and each.grad.isfinite().all() and aux.grad[1].abs().min() > 0
+    assert bool(aux.grad[0].any()) == (mass > 1e-19) and each.grad[1:].abs().min() > 0
+
 # ---- the whole
 
 SMALL = ['method=compressed', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=6',
-         'train.warmup=2', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2']
-LEFT = ['matrix.csv', 'selection.csv', 'usage.csv', 'fixed.csv', 'events.jsonl', 'adapters.safetensors']
-
-def begin(directory):
-    "`moe-merge` in a forked process: its number."
-    pid = os.fork()
-    if pid: return pid
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        for fd in (1, 2): os.dup2(os.open('out.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-        sys.argv = ['moe-merge', *SMALL, f'hydra.run.dir={directory}']
-        cli.main()
-        code = 0
-    except SystemExit as e: os.write(2, f'{e}\n'.encode())
-    finally: os._exit(code)
-
-def end(pid):
-    "The exit code of a process."
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
+         'train.warmup=2', 'train.batch=8', 'selectors=[oracle]', 'experts.n_experts=6', 'experts.rank=2']
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "A folder with one whole run, and one that was killed and went on."
-    here, before = tmp_path_factory.mktemp('compressed'), os.getcwd()
-    os.chdir(here)
-    try:
-        assert end(begin('whole')) == 0, (here/'out.txt').read_text()
-        pid = begin('killed')
-        while not (here/'killed/checkpoint.safetensors').is_file():
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): break
-            time.sleep(.005)
-        os.kill(pid, signal.SIGKILL)
-        assert end(pid) == -signal.SIGKILL
-        assert end(begin('killed')) == 0, (here/'out.txt').read_text()
-    finally: os.chdir(before)
+    here = tmp_path_factory.mktemp('compressed')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.setattr(test_own_parts, 'SMALL', SMALL)
+        assert end(begin([], 'whole')) == 0, (here/'out.txt').read_text()
+        assert killed([], 'killed', here)
     return here
 
 def test_a_killed_run_ends_as_if_nothing_had_happened(runs):

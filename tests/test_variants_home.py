@@ -1,11 +1,9 @@
 """HoME: its expert, its table, its second gate; and the whole from the command line, killed and gone on with."""
-import os
-import signal
-import sys
-import time
 from types import SimpleNamespace
+import pandas as pd
 import pytest
 import torch
+import test_own_parts
 from moe_merge_nb.baselines.methods import method
 from moe_merge_nb.layer.experts import EXPERTS, algebra_of
 from moe_merge_nb.layer.kinds import Experts
@@ -15,10 +13,12 @@ from moe_merge_nb.layer.router import ROUTERS, top_k_gates
 from moe_merge_nb.learn.checks import check
 from moe_merge_nb.learn.saved import load_result
 from moe_merge_nb.merge.rule import Merge
-from moe_merge_nb.run import cli
 from moe_merge_nb.run.share import load, save
 from moe_merge_nb.streams.tasks import toy_stream
-from moe_merge_nb.variants.home import Hierarchy, HomeRouter, NormSwish, mix_home, open_only, own_experts, self_gates
+from moe_merge_nb.variants import home
+from moe_merge_nb.variants.home import Hierarchy, HomeRouter, NormSwish, held_out, measure_scale
+from moe_merge_nb.variants.home import mix_home, open_only, own_experts, self_gates
+from test_own_parts import LEFT, begin, end, killed
 from toys import toy_model
 
 PARTS = dict(expert='norm_swish', router='home', mix='home')
@@ -166,46 +166,42 @@ def test_prompts_are_encoded_as_in_training():
     tokens = tokenizer(['a photo of a dog', 'a photo of a cat', 'a dog'])
     torch.testing.assert_close(model.encode_prompts(tokens, 1), model.encode_text(tokens, 1), rtol=1e-4, atol=1e-5)
 
+# ---- the choice of the factor
+
+def test_the_recipe_has_the_factor_that_was_chosen():
+    assert method('home').experts.scale == 1.5 and method('moe').experts.scale == .1
+
+def test_settings_are_chosen_without_test_images():
+    [task] = toy_stream(1)
+    n, cut = len(task.train), held_out(task, .75)
+    for what in ('images', 'labels'):
+        every = getattr(task.train, what)
+        assert torch.equal(getattr(cut.train, what), every[:n*3//4])
+        assert torch.equal(getattr(cut.test, what), every[n*3//4:])
+    assert cut.calibration is cut.train and cut.classes == task.classes
+
+def test_measuring_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    path, [task] = tmp_path/'rows.csv', toy_stream(1)
+    monkeypatch.setattr(home, 'mini', lambda seed, order: [task])
+    path.write_text(f'method,domain,iterations,scale,lr,data_seed,accuracy\nhome,{task.name},2,0.1,0.01,50,-1.0\n')
+    measure_scale(path, domain=task.name, iterations=2, tried=[(.1, 1e-2), (1.5, 1e-2)], data_seeds=[50])
+    rows = pd.read_csv(path)
+    assert rows.scale.tolist() == [.1, 1.5] and rows.accuracy[0] == -1 < rows.accuracy[1] # the first was not run
+
 # ---- the whole
 
 SMALL = ['method=home', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=6',
-         'train.warmup=2', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2',
+         'train.warmup=2', 'train.batch=8', 'selectors=[oracle]', 'experts.n_experts=6', 'experts.rank=2',
          '+experts.options.expert.gate_rank=2']
-LEFT = ['matrix.csv', 'selection.csv', 'usage.csv', 'fixed.csv', 'events.jsonl', 'adapters.safetensors']
-
-def begin(directory):
-    "`moe-merge` in a forked process: its number."
-    pid = os.fork()
-    if pid: return pid
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        for fd in (1, 2): os.dup2(os.open('out.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-        sys.argv = ['moe-merge', *SMALL, f'hydra.run.dir={directory}']
-        cli.main()
-        code = 0
-    except SystemExit as e: os.write(2, f'{e}\n'.encode())
-    finally: os._exit(code)
-
-def end(pid):
-    "The exit code of a process."
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "A folder with one whole run, and one that was killed and went on."
-    here, before = tmp_path_factory.mktemp('home'), os.getcwd()
-    os.chdir(here)
-    try:
-        assert end(begin('whole')) == 0, (here/'out.txt').read_text()
-        pid = begin('killed')
-        while not (here/'killed/checkpoint.safetensors').is_file():
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): break
-            time.sleep(.005)
-        os.kill(pid, signal.SIGKILL)
-        assert end(pid) == -signal.SIGKILL
-        assert end(begin('killed')) == 0, (here/'out.txt').read_text()
-    finally: os.chdir(before)
+    here = tmp_path_factory.mktemp('home')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.setattr(test_own_parts, 'SMALL', SMALL)
+        assert end(begin([], 'whole')) == 0, (here/'out.txt').read_text()
+        assert killed([], 'killed', here)
     return here
 
 def test_a_killed_run_ends_as_if_nothing_had_happened(runs):

@@ -147,7 +147,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 def test_it_is_trained_killed_resumed_and_shared(here):
-    how = ['method=mixer', 'experts.n_experts=3', 'baseline.every=3', 'baseline.images=12']
+    how = ['method=mixer', 'experts.n_experts=3', 'baseline.every=3', 'baseline.images=12', 'selectors=[oracle]']
     assert end(begin(how, 'whole')) == 0, (here/'out.txt').read_text()
     assert killed(how, 'killed', here)
     for name in LEFT: assert (here/'whole'/name).read_bytes() == (here/'killed'/name).read_bytes(), name

@@ -140,7 +140,7 @@ def test_what_cannot_be_is_refused_by_name():
 
 def test_the_recipe_is_trained_killed_resumed_and_shared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(test_own_parts, 'SMALL', ['method=thoughts', *SMALL[1:]])
+    monkeypatch.setattr(test_own_parts, 'SMALL', ['method=thoughts', 'selectors=[oracle]', *SMALL[1:]])
     chosen = ['baseline.entropy=.02']
     assert end(begin(chosen, 'whole')) == 0, (tmp_path/'out.txt').read_text()
     assert killed(chosen, 'killed', tmp_path)

@@ -1,7 +1,9 @@
 """What the parts of HoME change on MTIL-mini; a row of CSV per training, a few seconds each; rows that are there are
 kept.
 
-    python tools/measure_home.py tune|size|scarce OUT.csv SEED...
+    python tools/measure_home.py size|scarce OUT.csv SEED...
+
+The factor was chosen by `moe_merge_nb.variants.home.measure_scale`, on training images.
 """
 import argparse
 import copy
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.adapt import AdaptedCLIP
-from moe_merge_nb.layer.experts import Expert
+from moe_merge_nb.layer.experts import Expert, NormExpert
 from moe_merge_nb.layer.moe import Routing
 from moe_merge_nb.learn.features import class_embeddings
 from moe_merge_nb.learn.loss import class_logits
@@ -25,9 +27,19 @@ class SwishOnly(Expert):
     "The default expert with Swish."
     def hidden(self, x): return nn.functional.silu(self.down(x))
 
-KINDS = {'relu': 'relu', 'swish': SwishOnly, 'norm + swish': 'norm', 'HoME': 'norm_swish'}
-SCALE = {'relu': .5, 'swish': .5, 'norm + swish': 1.5, 'HoME': 1.5} # of every kind: what `tune` says of seed 50
-LR = 1e-2
+class NormOnly(NormExpert):
+    "The default expert, normalised."
+    def hidden(self, x): return self.norm(self.down(x)).relu()
+
+KINDS = { # name -> expert, rank
+    'relu': ('relu', 16),
+    'relu, rank 20': ('relu', 20), # as many numbers as HoME's
+    'swish': (SwishOnly, 16),
+    'norm + relu': (NormOnly, 16),
+    'norm + swish': ('norm', 16),
+    'HoME': ('norm_swish', 16),
+}
+SCALE, LR = 1.5, 1e-2
 HEAD = ['part', 'seed', 'what', 'scale', 'accuracy', 'ratio', 'zeros', 'parameters']
 
 @torch.no_grad()
@@ -57,14 +69,15 @@ def new_model(kind: str, scale: float, seed: int, **fields: object) -> tuple[Ada
     "A model before any task, and its tokenizer."
     clip, tokenizer = load_clip()
     torch.manual_seed(seed)
-    return AdaptedCLIP(clip, n_experts=22, rank=16, scale=scale, expert=KINDS[kind], **fields).eval(), tokenizer
+    expert, rank = KINDS[kind]
+    return AdaptedCLIP(clip, n_experts=22, rank=rank, scale=scale, expert=expert, **fields).eval(), tokenizer
 
 def learn(model: AdaptedCLIP, tokenizer: object, task: Task, index: int, seed: int) -> dict[object, Tensor]:
     "Usage while `task` was trained."
     settings = Train(iterations=60, batch=32, lr=LR)
     return train_task(model, task, index, tokenizer, settings=settings, seed=seed).counts()
 
-def one_kind(part: str, kind: str, scale: float, seed: int) -> list:
+def one_kind(kind: str, scale: float, seed: int) -> list:
     "EuroSAT, learned as a first task."
     task = next(t for t in mini(seed) if t.name == 'EuroSAT')
     model, tokenizer = new_model(kind, scale, seed)
@@ -73,14 +86,13 @@ def one_kind(part: str, kind: str, scale: float, seed: int) -> list:
     ratio, zeros = sizes(model, task, counts)
     parameters = sum(p.numel() for p in model.moes[0].experts[0].parameters())
     right = accuracy(model, tokenizer, task, 0)
-    return [part, seed, kind, scale, round(right, 2), round(ratio, 3), round(zeros, 4), parameters]
+    return ['size', seed, kind, scale, round(right, 2), round(ratio, 3), round(zeros, 4), parameters]
 
 SEEN = {'shared + own': (range(11), [13]), 'shared only': (range(11), []), 'own only': ([], [13])}
 
 def scarce(kind: str, seed: int) -> list[list]:
     "Two tasks with all images, then one with five a class, which sees shared experts, its own, or both."
-    scale = SCALE[kind]
-    model, tokenizer = new_model(kind, scale, seed, router='home', mix='home')
+    model, tokenizer = new_model(kind, SCALE, seed, router='home', mix='home')
     names, rows = ('EuroSAT', 'MNIST'), []
     for i, name in enumerate(names):
         model.add_task()
@@ -92,23 +104,20 @@ def scarce(kind: str, seed: int) -> list[list]:
         m = copy.deepcopy(model)
         for moe in m.moes: open_only(moe.routers[2], list(shared), own)
         learn(m, tokenizer, task, 2, seed=seed)
-        rows.append(['scarce', seed, f'{kind}, {what}', scale, round(accuracy(m, tokenizer, task, 2), 2), '', '', ''])
+        rows.append(['scarce', seed, f'{kind}, {what}', SCALE, round(accuracy(m, tokenizer, task, 2), 2), '', '', ''])
     return rows
 
-TRIED = [('HoME', .1), ('HoME', .5), ('HoME', 1.5), ('relu', .1), ('relu', .5)]
+SIZES = [(kind, SCALE) for kind in KINDS] + [('relu', .1), ('HoME', .1)] # the default factor, too
 
 def jobs(part: str, seed: int) -> dict[tuple, object]:
     "What distinguishes each job's first row, and the function that gives its rows."
-    if part == 'tune': return {(part, str(seed), *map(str, a)): lambda a=a: [one_kind(part, *a, seed)] for a in TRIED}
-    if part == 'size':
-        every = list(SCALE.items())
-        return {(part, str(seed), *map(str, a)): lambda a=a: [one_kind(part, *a, seed)] for a in every}
-    return {('scarce', str(seed), 'HoME, shared + own', str(SCALE['HoME'])): lambda: scarce('HoME', seed)}
+    if part == 'size': return {(part, str(seed), *map(str, a)): lambda a=a: [one_kind(*a, seed)] for a in SIZES}
+    return {('scarce', str(seed), 'HoME, shared + own', str(SCALE)): lambda: scarce('HoME', seed)}
 
 def main():
     "Append what is missing."
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('part', choices=['tune', 'size', 'scarce'])
+    p.add_argument('part', choices=['size', 'scarce'])
     p.add_argument('out', type=Path)
     p.add_argument('seeds', type=int, nargs='+')
     args = p.parse_args()
