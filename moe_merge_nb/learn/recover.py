@@ -96,10 +96,11 @@ def save_middle(
         warnings.warn(f'{names} {may}: the run is saved between tasks only')
     r.stop.check(f'stopped in the middle of task {learner.task.name!r}; the same command goes on from its beginning')
 
-# %% ../../nbs/6_learn/20_recover.ipynb #e7ed4be0
+# %% ../../nbs/6_learn/20_recover.ipynb #a9d3c5e1
 class NotThisRun(ValueError):
     "A run directory holds something that this run cannot go on from."
 
+# %% ../../nbs/6_learn/20_recover.ipynb #e7ed4be0
 def _flat(value, name=''):
     "`{'train.lr': .001, ...}` of nested settings."
     if not isinstance(value, dict) or not value: return {name: value}
@@ -212,7 +213,9 @@ def recovered(
         yield Found(result, read_checkpoint(directory, plan, move=first) if look else None)
 
 # %% ../../nbs/6_learn/20_recover.ipynb #802c7124
-MADE_BY = ('version', 'commit', 'dirty', 'torch', 'open_clip_torch', 'numpy', 'device', 'threads', 'processes')
+MADE_BY = (
+    'version', 'commit', 'dirty', 'torch', 'open_clip_torch', 'numpy',
+    'device', 'processor', 'threads', 'processes')
 
 def changed(
     before:dict, # config of the result

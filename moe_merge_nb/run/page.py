@@ -87,7 +87,7 @@ def joined(
 # %% ../../nbs/run/13_page.ipynb #99ae65b8
 SHOWN = ['text/html', 'image/png', 'text/plain'] # of an output, the first that there is; nothing else is ever shown
 WHAT = ('method', 'stream', 'order', 'seed', 'data_seed')
-FACTS = (*WHAT, 'version', 'commit', 'machine', 'python', 'torch', 'open_clip_torch', 'threads')
+FACTS = (*WHAT, 'version', 'commit', 'machine', 'processor', 'python', 'torch', 'open_clip_torch', 'threads')
 
 def facts(results:list[Result])->dict[str, str]:
     "What the runs are: each setting with all its values."

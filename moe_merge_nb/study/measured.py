@@ -60,7 +60,7 @@ def _unzip(file):
 # %% ../../nbs/11_study/08_measured.ipynb #ab5b181f
 FOLDER = Path(str(files('moe_merge_nb')))/'data'/'measured'
 FIELDS = (
-    'commit', 'python', 'machine', 'threads', 'torch', 'open_clip_torch', 'tune',
+    'commit', 'python', 'machine', 'processor', 'threads', 'torch', 'open_clip_torch', 'tune',
     'experts.n_experts', 'experts.rank', 'experts.top_k', 'experts.scale',
     'train.iterations', 'train.batch', 'train.lr',
     'merge.every', 'merge.until', 'merge.combine', 'merge.align')

@@ -4,24 +4,30 @@
 
 # %% auto #0
 __all__ = ['NormSwish', 'open_only', 'check_table', 'Hierarchy', 'check_seen', 'SelfGate', 'HomeRouter', 'own_experts',
-           'self_gates', 'mix_home', 'home']
+           'self_gates', 'mix_home', 'home', 'held_out', 'measure_scale']
 
 # %% ../../nbs/9_variants/01_home.ipynb #1fd1618e
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from ..baselines.methods import Protocol, methods
+from ..baselines.methods import Protocol, method, methods
 from ..layer.experts import NormExpert
 from ..layer.mix import route_once
 from ..layer.moe import Route
 from ..layer.router import Router
 from ..learn.learner import Callback, Learner
+from ..learn.loop import run
 from ..learn.method import Method
+from ..learn.results import accuracy_matrix
 from ..safe.settings import check_each, check_fields, must_be, number, setting, whole
+from ..streams.mini import mini
+from ..streams.tasks import Images, Stream, Task
 
 # %% ../../nbs/9_variants/01_home.ipynb #0f3873dc
 class NormSwish(NormExpert):
@@ -193,5 +199,37 @@ def mix_home(
 def home(p:Protocol)->Method:
     "`moe` with the parts of HoME."
     moe = methods(p)['moe']
-    experts = replace(moe.experts, expert='norm_swish', router='home', mix='home')
+    experts = replace(moe.experts, expert='norm_swish', router='home', mix='home', scale=1.5)
     return replace(moe, name='home', experts=experts, baseline=Hierarchy())
+
+# %% ../../nbs/9_variants/01_home.ipynb #aec28df1
+def held_out(
+    task:Task, # with its images in memory
+    share:float=.8, # of the training images that are learned
+)->Task: # the other training images take the place of the test images
+    "A task to choose settings on: no test image is seen."
+    n = int(share * len(task.train))
+    first, rest = (Images(task.train.images[s], task.train.labels[s]) for s in (slice(n), slice(n, None)))
+    return replace(task, train=first, calibration=first, test=rest)
+
+# %% ../../nbs/9_variants/01_home.ipynb #0e7870e1
+def measure_scale(
+    path:Path, # of a table, to which one row is added for each training that it lacks
+    name:str='home', # method
+    domain:str='EuroSAT',
+    iterations:int=150,
+    tried:Iterable[tuple[float, float]]=((.1, 1e-2), (.5, 1e-2), (1.5, 1e-2), (5., 1e-2)), # scale, learning rate
+    data_seeds:Iterable[int]=(50, 51), # of the miniature
+):
+    "Learn a part of a domain's training images by a method, and judge by the others."
+    key = ['method', 'domain', 'iterations', 'scale', 'lr', 'data_seed']
+    done = set(map(tuple, pd.read_csv(path)[key].values)) if path.is_file() else set()
+    for seed, (scale, lr) in [(seed, pair) for seed in data_seeds for pair in tried]:
+        row = (name, domain, iterations, scale, lr, seed)
+        if row in done: continue
+        [task] = mini(seed, order=[domain])
+        m = method(name, selectors=('oracle',))
+        m = replace(m, experts=replace(m.experts, scale=scale), train=replace(m.train, iterations=iterations, lr=lr))
+        found = run(Stream('tuning', (held_out(task),)), m, seed=seed, progress=False)
+        row = dict(zip(key, row)) | dict(accuracy=round(accuracy_matrix(found)[0, 0], 2))
+        pd.DataFrame([row]).to_csv(path, mode='a', header=not path.is_file(), index=False)
