@@ -81,7 +81,8 @@ def test_a_target_is_one_of_the_ranking_or_named():
 
 @pytest.mark.parametrize('how, said', [
     (dict(loss='up'), "unlearn.loss is 'up'"), (dict(target='image.3'), "unlearn.target is 'image.3'"),
-    (dict(stop=101), 'unlearn.stop is 101'), (dict(steps=0), 'unlearn.steps is 0'), (dict(beta=0), 'unlearn.beta is 0')])
+    (dict(stop=101), 'unlearn.stop is 101'), (dict(steps=0), 'unlearn.steps is 0'),
+    (dict(beta=0), 'unlearn.beta is 0')])
 def test_what_cannot_be_is_refused_by_name(how, said):
     with pytest.raises(ValueError, match=said): Unlearn(**how)
 
@@ -89,7 +90,7 @@ def test_what_is_not_there_is_refused_by_name():
     model, tokenizer = toy_model()
     def say(name, **how): forget(model, tokenizer, STREAM, name, Unlearn(**{**FEW, **how}), progress=False)
     with pytest.raises(ValueError, match="unlearn is 'Cats': choose one of"): say('Cats')
-    with pytest.raises(ValueError, match="'image.9.0': there is no such expert"): say(STREAM.names[0], target='image.9.0')
+    with pytest.raises(ValueError, match="'image.9.0': there is no"): say(STREAM.names[0], target='image.9.0')
     with pytest.raises(ValueError, match='are held out .unlearn.held.: give more'): say(STREAM.names[0], held=10**6)
 
 
@@ -207,7 +208,8 @@ def test_it_is_kept_and_found_again_and_the_run_is_not_changed(here, capsys):
     found = unlearn('run', STREAM.names[1], 'without', options=HOW, progress=False)
     assert 'not run again' in capsys.readouterr().err
     pd.testing.assert_frame_equal(found.matrix, r.matrix)
-    with pytest.raises(ValueError, match='another unlearned'): unlearn('run', STREAM.names[0], 'without', progress=False)
+    with pytest.raises(ValueError, match='another unlearned'):
+        unlearn('run', STREAM.names[0], 'without', progress=False)
 
 def test_its_only_row_is_the_last(here):
     r = load_result('without')
@@ -229,9 +231,9 @@ def test_it_is_loaded_shared_and_classifies(here):
 def test_it_is_predicted_with_extended_and_forgets_again(here):
     p = predict_with('without', 'averaged', progress=False)
     assert p.config['predicts']['run'] == load_result('without').config['config_hash']
-    further = toy_stream(4)
-    more = extend('without', Stream('toy', further.tasks[2:]), progress=False)
-    assert len(more.config['tasks']) == 4 and more.config['unlearned'][0]['task'] == STREAM.names[1]
+    further = toy_stream(3)
+    more = extend('without', Stream("toy", further.tasks[2:]), progress=False)
+    assert len(more.config["tasks"]) == 3 and more.config['unlearned'][0]['task'] == STREAM.names[1]
     assert [*more.matrix.after.unique()] == more.config['tasks'][2:]
     both = unlearn('without', STREAM.names[0], options=HOW | dict(loss='ga'), progress=False)
     assert [u['task'] for u in both.config['unlearned']] == [STREAM.names[1], STREAM.names[0]]
