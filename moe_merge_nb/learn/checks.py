@@ -16,10 +16,10 @@ from ..layer.kinds import make_router
 from ..layer.tried import try_out
 from .method import Method
 from .sanity import check_backbone
-from .views import STRATEGIES, try_strategy
+from .views import STRATEGIES, make_strategy, try_strategy
 from ..merge.rule import check_possible, check_rule
 from ..safe.devices import split_batches
-from ..safe.doors import resolve, written
+from ..safe.doors import written
 from ..select.accept import Fitted
 from ..select.select import SELECTORS, make_selector, try_selector
 from ..streams.tasks import Stream, Task, prompts
@@ -98,7 +98,11 @@ def check_own(method:Method):
     for name in method.selectors:
         if written(name, SELECTORS) not in SELECTORS: try_selector(name)
     name = written(method.predict, STRATEGIES)
-    if name not in STRATEGIES: try_strategy(resolve(method.predict, STRATEGIES, 'predict'), name)
+    strategy = make_strategy(method.predict)
+    if hasattr(strategy, 'fit'):
+        raise ValueError(f'predict={name!r} learns from what a run has learned: predict by it afterwards, '
+                         f'moe-merge predict={name} from=RUN')
+    if name not in STRATEGIES: try_strategy(strategy, name)
 
 def check_kinds(method:Method):
     "ValueError where experts, router, gate or mix do not do what they must, or cannot do what a rule asks of them."

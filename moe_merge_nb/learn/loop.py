@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 from ..clip.backbone import load_clip
 from .cache import Cache
-from .views import STRATEGIES, row_name
+from .views import make_strategy, row_name
 from .evaluate import Evaluation, evaluate
 from .features import class_embeddings
 from .checks import check, check_images, check_model, check_words
@@ -35,7 +35,6 @@ from .learner import Callback, Learner, overrides
 from .train import train_task
 from ..merge.usage import usage_rows
 from ..safe.devices import alone, peak_memory
-from ..safe.doors import resolve
 from ..select.select import Oracle, dataset_features
 from ..streams.tasks import Stream, Task
 
@@ -99,7 +98,7 @@ def evaluate_all(
 )->Evaluation:
     "Fit to `task`, then evaluate all tasks."
     workers, spaces = r.method.train.n_workers, r.method.classes
-    predict = r.head.predict if r.head else resolve(r.method.predict, STRATEGIES, 'predict')
+    predict = r.head.predict if r.head else make_strategy(r.method.predict)
     for c in r.callbacks: predict = partial(c.predict, predict=predict) if overrides(c, 'predict') else predict
     with r.stop.now():
         fit(r, task, workers)

@@ -8,6 +8,7 @@ __all__ = ['CARD', 'METRICS', 'metrics_of', 'metrics_table', 'rows', 'tasks_tabl
 # %% ../../nbs/run/22_card.ipynb #6a6e61c4
 from pathlib import Path
 from typing import Any
+import pandas as pd
 from ..learn.results import summary
 from ..learn.saved import load_result
 from .describe import experts_config
@@ -48,7 +49,8 @@ def metrics_of(
     "The numbers of a run that its card names."
     try: table = summary(load_result(directory))
     except (ValueError, OSError, KeyError): return {}
-    return {r.selector: {m: round(getattr(r, m), 2) for m in METRICS} for r in table.itertuples()}
+    known = {r.selector: {m: getattr(r, m) for m in METRICS} for r in table.itertuples()}
+    return {s: {m: round(x, 2) for m, x in row.items() if pd.notna(x)} for s, row in known.items()}
 
 def metrics_table(shared:Any)->dict[str, list[str]]: # selector -> Transfer, Average, Last
     "The metrics as text, where the model says where it comes from."

@@ -22,7 +22,7 @@ from torch import nn, Tensor
 from tqdm.auto import tqdm
 from ..learn.cache import Cache
 from ..learn.unlabelled import Asked, Group, TextKept, groups, inside
-from ..learn.views import STRATEGIES, View, routed
+from ..learn.views import STRATEGIES, View, make_strategy, routed
 from ..streams.given import Chunk, chunks, listed
 from .describe import Words
 from .question import Question, always, question, selector_of
@@ -194,7 +194,7 @@ def shared_at(
 def strategy_of(shared:Shared)->Callable[[View], Tensor]:
     "How the run made predictions; ValueError for a strategy of somebody's own."
     name = shared.provenance.get('predict', 'routed')
-    if isinstance(name, str) and name in STRATEGIES: return STRATEGIES[name]
+    if isinstance(name, str) and name in STRATEGIES: return make_strategy(name)
     raise ValueError(f'it was evaluated with predict={name!r}, which is not of this package: '
                      'make a Classifier(model, tokenizer, tasks, selectors, predict=...) of your own')
 

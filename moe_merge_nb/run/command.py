@@ -17,12 +17,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from ..learn.results import Result, summary
+from .afterwards import predict_job
 from .extending import extend_job
 from .job import UsageError, job, plainly
 from .jobs import distinct, take_over
-from .line import EXTEND, HOW, REWRITE, sweeps
+from .line import ASKS, HOW, sweeps
 from .options import configure
 from .rewrite import rewrite_run
+from .unlearning import unlearn_job
 
 # %% ../../nbs/run/09_command.ipynb #945d7bcb
 def show(
@@ -30,7 +32,8 @@ def show(
     directory:str,
 )->None:
     "Print the three numbers of every selector, and where the run is."
-    print(summary(result).round(2).to_string(index=False), f'\n{os.path.relpath(directory)}')
+    by = ('method', 'predict') if result.config.get('predicts') else ('method',)
+    print(summary(result, by).round(2).to_string(index=False, na_rep=''), f'\n{os.path.relpath(directory)}')
 
 def tidy(directory:str)->None:
     "Remove a directory that Hydra made and nothing was written to."
@@ -39,21 +42,25 @@ def tidy(directory:str)->None:
 # %% ../../nbs/run/09_command.ipynb #0cf1a73d
 def _learned(cfg, here):
     "Last in % of a job that is no rewrite"
-    for first, value, names in (('rewrite', 'RULE', REWRITE), ('extend', 'RUN', EXTEND)):
+    for first, (how, names) in ASKS.items():
         given = [k for k in names if cfg[k] and not cfg[first]]
-        said = f'{given[0]} is given without {first}: say {first}={value}' if given else ''
+        said = f'{given[0]} is given without {first}: say {how}' if given else ''
         if said: raise UsageError(f'{said}, or leave {", ".join(given)} out')
     bar = dict(position=here.job.num % 8, leave=False) if here.mode.name == 'MULTIRUN' else True
     where, given = here.runtime.output_dir, list(here.overrides.task)
-    result = job(cfg, where, bar) if cfg.extend is None else extend_job(cfg, where, given, bar)
+    if cfg.unlearn is not None: result = unlearn_job(cfg, where, given, bar)
+    elif cfg['from'] is not None: result = predict_job(cfg, where, given, bar)
+    else: result = job(cfg, where, bar) if cfg.extend is None else extend_job(cfg, where, given, bar)
     if PartialState().is_main_process: show(result, here.runtime.output_dir)
     return float(summary(result).Last.iloc[0])
 
+# %% ../../nbs/run/09_command.ipynb #fac2214a
 def command(cfg:DictConfig)->float|None: # Last in %; None: the job failed, and said why
     "One job under Hydra, which says where to save it and, in a sweep, which job it is."
     here = HydraConfig.get()
     directory, sweep = here.runtime.output_dir, here.mode.name == 'MULTIRUN'
-    try: return _learned(cfg, here) if cfg.rewrite is None else rewritten(cfg, directory)
+    learned = cfg.rewrite is None or cfg.unlearn is not None                    # which says that it is not for both
+    try: return _learned(cfg, here) if learned else rewritten(cfg, directory)
     except UsageError as e:
         tidy(directory)
         if not sweep: sys.exit(f'moe-merge: {e}')

@@ -84,7 +84,7 @@ def extend(
     known, own = known_of(source, trust)
     config, method = known.config, method_in(known.config)
     backbone = backbone or own or load_clip(config.get('model', 'pico'), config.get('pretrained'))
-    names = {k: config[k] for k in ('model', 'pretrained', 'model_sources') if k in config}
+    names = {k: config[k] for k in ('model', 'pretrained', 'model_sources', 'unlearned') if k in config}
     how['config'] = names | how.get('config', {})
     return extend_known(known, stream, method, backbone, old=old, add=add_experts, directory=directory, **how)
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import pandas as pd
 from ..learn.results import Result, selectors
-from .runs import load_runs
+from .runs import load_all
 from ..safe.files import write_text
 from ..safe.shown import shown
 from ..study.measured import measured
@@ -84,16 +84,20 @@ def report(
     folder = first if first.is_dir() else first.parent
     out = Path(out) if out else folder/'report.html'
     if not notebooks: notebooks = figure_notebooks(chosen(results, with_stored))
-    nb = joined(paths, notebooks, with_stored)
+    nb = joined(paths, notebooks, with_stored, predictions=bool(load_all(paths)[1]))
     errors = executed(nb, progress)
     nb.cells[0].outputs = [o for o in nb.cells[0].outputs if o.output_type == 'error']
     write_text(out, page(nb, results))
     return out, errors
 
 # %% ../../nbs/run/14_report.ipynb #d4e657e3
-def tell(results:list[Result])->None:
+def tell(
+    results:list[Result],
+    predictions:Sequence[Result]=(), # by finished runs in other ways
+)->None:
     "Print the table, and beside what is stored where runs of these settings are."
-    print(table(results).to_string(), '\n\nmean ± standard error in % (number of runs)\n', sep='', flush=True)
+    rows = table([*results, *predictions])
+    print(rows.to_string(), '\n\nmean ± standard error in % (number of runs)\n', sep='', flush=True)
     rows = beside_stored(results)
     if rows.empty: return
     print(beside(rows).to_string(), f'\n\n{MEANS}\n{cannot_tell(measured("main"))}\n', sep='', flush=True)
@@ -126,8 +130,9 @@ def main(argv:Sequence[str]|None=None)->int:
     "Entry point of `moe-merge-report`."
     args = parser().parse_args(argv)
     try:
-        results = load_runs(args.runs)
-        tell(results)
+        results, predictions = load_all(args.runs)
+        tell(results, predictions)
+        if not results: return print('these are predictions by finished runs: name the runs, too, for figures') or 0
         for path in save_latex(results, args.latex) if args.latex else (): print(f'table: {path}')
         check_installed()
         how = dict(progress=not args.quiet, with_stored=args.with_stored)

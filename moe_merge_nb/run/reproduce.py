@@ -17,7 +17,7 @@ from ..baselines.lwf import LwF
 from ..merge.rule import Merge
 from ..learn.method import Method
 from ..baselines.rail import Rail
-from ..learn.results import Result
+from ..learn.results import Result, only_last
 from ..safe.doors import resolve
 from ..streams.identity import identity
 from ..streams.tasks import Stream
@@ -98,7 +98,9 @@ def again(
     backbone:tuple|None=None, # as for `run`; None: the one it names
     **where, # see `stream_of`
 )->Result:
-    "Run a configuration again; ValueError if the backbone's weights are others."
+    "Run a configuration again; ValueError if the backbone's weights are others, or it was made of a finished run."
+    if only_last(config):
+        raise ValueError('it was made of a finished run: predict, or unlearn, from that run again (from=RUN)')
     backbone = backbone or load_clip(config.get('model', 'pico'), config.get('pretrained'))
     names = {k: config[k] for k in ('model', 'pretrained', 'stream_from') if k in config}
     about = {k: config[k] for k in ('stream_made', 'words') if k in config}

@@ -201,7 +201,7 @@ TAGS = { # kind -> name -> tags
         | each('submoe dern', expert='FFN', paradigm='continual'),
     'start': each('keep merged pairs copy fresh', level='task', paradigm='continual'),
     'selector': each('oracle none autoencoder gaussian text', level='task', paradigm='continual'),
-    'strategy': each('routed averaged', level='task', paradigm='inference'),
+    'strategy': each('routed averaged contrast confidence learned_confidence', level='task', paradigm='inference'),
     'rewrite': {
         **each('drop_least_used drop_least_mass drop_random average average_mass', **FFN_AFTER),
         **each('msmoe msmoe_mass mcsmoe submoe submoe_aligned dern dern_gates', **FFN_AFTER),
