@@ -130,6 +130,13 @@ def test_a_directory_with_another_prediction_is_refused(here):
     with pytest.raises(ValueError, match='another predict'): predict_with('run', 'averaged', 'numbers', progress=False)
     with pytest.raises(ValueError, match='another'): predict_with('run', 'averaged', 'run', progress=False)
 
+def test_one_that_was_killed_as_it_was_written_is_made_again(here):
+    first = predict_with('run', 'averaged', 'killed', progress=False)
+    Path('killed/config.json').unlink()                                             # it is written last
+    again = predict_with('run', 'averaged', 'killed', progress=False)
+    pd.testing.assert_frame_equal(again.matrix, first.matrix)
+    assert Path('killed/config.json').is_file()
+
 def test_what_a_strategy_learns_is_kept_and_comes_back(here):
     found = predict_with('run', 'my_strategies.Shifted', 'learned', options=dict(by=2.), progress=False)
     seen = torch.tensor([int(y) for _, y in toy_stream(2)[-1].train]).bincount().float()
@@ -206,6 +213,11 @@ def test_the_command_predicts_says_where_and_finds_it_again(typed, here):
         load_result(where).matrix, predict_with('run', 'contrast', options=dict(beta=.25), progress=False).matrix)
     code, again, err = typed(*line)
     assert code == '' and again == out and 'not run again' in err
+
+def test_a_sweep_over_numbers_has_a_directory_for_each(typed, here):
+    code, out, err = typed('-m', 'predict=contrast', 'from=run', 'predict_options={beta:0.1},{beta:0.3}', 'threads=1')
+    found = [load_result(p.parent) for p in Path('runs/predicted').glob('*/config.json')]
+    assert code == '' and {.1, .3} <= {r.config['predict_options']['beta'] for r in found}, err
 
 @pytest.mark.parametrize('line, message', [
     (['predict_options={beta:1}'], 'predict_options is given without from'),
