@@ -10,8 +10,9 @@ from moe_merge_nb.learn.evaluate import evaluate
 from moe_merge_nb.learn.features import Encoder
 from moe_merge_nb.learn.views import View
 from moe_merge_nb.select.select import Latest, Oracle
+from moe_merge_nb.strategies.boosted import controls
 from moe_merge_nb.strategies.cognitive import (
-    Boost, Cognitive, associations, clip_wrong, controls, first_images, npmi, strongest)
+    Boost, Cognitive, associations, clip_wrong, first_images, npmi, strongest)
 from moe_merge_nb.streams.tasks import Stream, stack, toy_stream
 
 STREAM = toy_stream(2, n_train=24, n_test=12)
@@ -163,7 +164,8 @@ def test_it_costs_no_further_pass_with_any_selector_and_label_space(toy):
     chosen = dict(oracle=Oracle(), none=Latest())
     for s in chosen.values(): s.n_tasks = 2
     how = dict(selectors=chosen, after='circles', classes=('task', 'all'), progress=False)
-    plain, boosted = evaluate(model, tokenizer, STREAM, **how), evaluate(model, tokenizer, STREAM, predict=strategy, **how)
+    plain = evaluate(model, tokenizer, STREAM, **how)
+    boosted = evaluate(model, tokenizer, STREAM, predict=strategy, **how)
     same = Cognitive(beta=1.).restore(strategy.state())
     assert boosted.passes == plain.passes
     assert plain.matrix.equals(evaluate(model, tokenizer, STREAM, predict=same, **how).matrix)
