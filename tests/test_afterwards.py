@@ -207,6 +207,11 @@ def test_the_command_predicts_says_where_and_finds_it_again(typed, here):
     code, again, err = typed(*line)
     assert code == '' and again == out and 'not run again' in err
 
+def test_a_sweep_over_numbers_has_a_directory_for_each(typed, here):
+    code, out, err = typed('-m', 'predict=contrast', 'from=run', 'predict_options={beta:0.1},{beta:0.3}', 'threads=1')
+    found = [load_result(p.parent) for p in Path('runs/predicted').glob('*/config.json')]
+    assert code == '' and {.1, .3} <= {r.config['predict_options']['beta'] for r in found}, err
+
 @pytest.mark.parametrize('line, message', [
     (['predict_options={beta:1}'], 'predict_options is given without from'),
     (['predict=contrast', 'from=run', 'predict_options=5'], 'predict_options is 5'),
