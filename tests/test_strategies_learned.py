@@ -1,0 +1,82 @@
+"""Strategies that learn from training images, on a finished run: from the command line and in Python, killed and begun
+again, kept like a run and brought back."""
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+import pandas as pd
+import pytest
+import torch
+from moe_merge_nb.learn.saved import load_result
+from moe_merge_nb.run import cli
+from moe_merge_nb.run.afterwards import predict_with
+from moe_merge_nb.run.job import job
+from moe_merge_nb.run.options import composed
+from moe_merge_nb.run.runs import load_all
+from moe_merge_nb.strategies.afterwards import strategy_in
+
+SMALL = [
+    'method=moe', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=12', 'train.warmup=2',
+    'train.batch=8', 'experts.n_experts=6', 'experts.rank=2', 'selectors=[oracle,text]', 'classes=[task,all]']
+OPTIONS = {'cognitive': dict(beta=4., least=4), 'meta': dict(episodes=12, images=40)}
+KEPT = ['matrix.csv', 'selection.csv', 'strategy.safetensors']
+
+
+@pytest.fixture(scope='module')
+def here(tmp_path_factory):
+    "A folder with a finished run, from which everything is started."
+    before, d = Path.cwd(), tmp_path_factory.mktemp('learned')
+    os.chdir(d)
+    job(composed(*SMALL), d/'run', progress=False)
+    yield d
+    os.chdir(before)
+
+def begin(arguments):
+    "`moe-merge` in a forked process: its number."
+    pid = os.fork()
+    if pid: return pid
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        for fd in (1, 2): os.dup2(os.open('out.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+        sys.argv = ['moe-merge', 'from=run', 'threads=1', *arguments]
+        cli.main()
+        code = 0
+    except SystemExit as e: os.write(2, f'{e}\n'.encode())
+    finally: os._exit(code)
+
+def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+@pytest.mark.parametrize('name', OPTIONS)
+def test_it_is_kept_reported_and_brought_back(here, name):
+    found = predict_with('run', name, f'kept-{name}', options=OPTIONS[name], progress=False)
+    assert {*found.matrix.selector} == {'oracle', 'oracle all', 'text', 'text all'}
+    kept = load_result(f'kept-{name}', selectors=True, checked=True)
+    assert kept.config['predict'] == name and OPTIONS[name].items() <= kept.config['predict_options'].items()
+    assert {*json.loads(Path(f'kept-{name}/sha256.json').read_text())} >= {*KEPT}
+    back = strategy_in(f'kept-{name}').state()
+    assert back.keys() == found.strategy.keys() and all(torch.equal(back[k], v) for k, v in found.strategy.items())
+    [named] = [r.config['method'] for r in load_all(['run', f'kept-{name}'])[1]]
+    assert f'predict={name}' in named
+
+@pytest.mark.parametrize('name', OPTIONS)
+def test_the_command_killed_and_begun_again_gives_what_python_gives(here, name):
+    said = ','.join(f'{k}:{v}' for k, v in OPTIONS[name].items())
+    line = [f'predict={name}', f'predict_options={{{said}}}', f'hydra.run.dir=line-{name}']
+    pid = begin(line)
+    while not Path(f'line-{name}').is_dir() and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(.005)
+    os.kill(pid, signal.SIGKILL)
+    assert end(pid) == -signal.SIGKILL and not Path(f'line-{name}/sha256.json').exists()
+    assert end(begin(line)) == 0, Path('out.txt').read_text()
+    predict_with('run', name, f'python-{name}', options=OPTIONS[name], progress=False)
+    for file in KEPT: assert Path(f'line-{name}', file).read_bytes() == Path(f'python-{name}', file).read_bytes(), file
+
+def test_meta_predicts_as_the_run_where_no_image_is_foreign(here):
+    run = load_result('run').matrix
+    found = predict_with('run', 'meta', options=OPTIONS['meta'], progress=False).matrix
+    last = run[run.after == run.after.iloc[-1]].reset_index(drop=True)
+    oracle = last.selector.str.startswith('oracle')
+    pd.testing.assert_frame_equal(found[oracle], last[oracle])
