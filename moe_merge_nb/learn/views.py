@@ -83,6 +83,8 @@ STRATEGIES = {
     'contrast': 'moe_merge_nb.strategies.contrast.Contrast',
     'confidence': 'moe_merge_nb.strategies.confidence.Confidence',
     'learned_confidence': 'moe_merge_nb.strategies.confidence.LearnedConfidence',
+    'cognitive': 'moe_merge_nb.strategies.cognitive.Cognitive',
+    'meta': 'moe_merge_nb.strategies.meta.MetaDMoE',
 }
 
 # %% ../../nbs/6_learn/11_views.ipynb #75911b13

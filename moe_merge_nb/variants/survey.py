@@ -174,6 +174,7 @@ WORDS = Tags( # all that a tag may say
     level='any, token, instance, task, context',
     paradigm='any, continual, multi-task, meta, supervised, pretraining, compression, inference, unlearning',
 )
+FFN_AFTER = dict(gate='noisy linear', expert='FFN', paradigm='compression')
 
 def each(
     names:str, # separated by blanks
@@ -183,7 +184,6 @@ def each(
     return dict.fromkeys(names.split(), Tags(**tags))
 
 # %% ../../nbs/9_variants/07_survey.ipynb #896c016c
-FFN_AFTER = dict(gate='noisy linear', expert='FFN', paradigm='compression')
 TAGS = { # kind -> name -> tags
     'expert': each('relu gelu norm', expert='FFN') | each('norm_swish', expert='normalised FFN')
         | each('compressed', expert='FFN and vector'),
@@ -201,7 +201,8 @@ TAGS = { # kind -> name -> tags
         | each('submoe dern', expert='FFN', paradigm='continual'),
     'start': each('keep merged pairs copy fresh', level='task', paradigm='continual'),
     'selector': each('oracle none autoencoder gaussian text', level='task', paradigm='continual'),
-    'strategy': each('routed averaged contrast confidence learned_confidence', level='task', paradigm='inference'),
+    'strategy': each('routed averaged contrast confidence learned_confidence cognitive', level='task',
+        paradigm='inference') | each('meta', level='task', paradigm='meta'),
     'rewrite': {
         **each('drop_least_used drop_least_mass drop_random average average_mass', **FFN_AFTER),
         **each('msmoe msmoe_mass mcsmoe submoe submoe_aligned dern dern_gates', **FFN_AFTER),
