@@ -126,7 +126,8 @@ def explorer(
         group=w.Dropdown(options=list(groups), description='images'),
         number=w.IntSlider(0, 0, most - 1, description='number', continuous_update=False))
     def draw(**said): return drawn(runs, groups, **said)
-    return w.VBox([w.HBox(list(menus.values())), w.interactive_output(draw, menus)])
+    above = w.HBox(list(menus.values()), layout=w.Layout(flex_flow='row wrap'))
+    return w.VBox([above, w.interactive_output(draw, menus)])
 
 # %% ../../nbs/run/explore.ipynb #ba74242b
 def drawn(
