@@ -141,4 +141,11 @@ EXPERIMENTS |= {
         'merge.combine': ['usage_weighted'],
         'merge.align': [True],
         **SHARED},
+    'rates': {
+        'data_seed': [50, 51],
+        'train.lr': [.001, .003, .01, .02],
+        'method': ['moe', 'moe_merge'],
+        'order': ['[Aircraft,Caltech,CIFAR,DTD,EuroSAT]'],
+        'selectors': TWO,
+        'seed': [0]},
 }
