@@ -67,4 +67,5 @@ def test_what_is_expected_is_the_mean_of_the_last_five():
     assert degree(1e-3, 10e9, 4e6) == 2
 
 def test_nodes_must_divide_devices():
-    with pytest.raises(ValueError, match='4 devices in nodes of 3: choose a divisor of 4'): shard(np.ones((1, 4)), 4, 0, 3)
+    with pytest.raises(ValueError, match='4 devices in nodes of 3: choose a divisor of 4'):
+        shard(np.ones((1, 4)), 4, 0, 3)
