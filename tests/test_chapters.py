@@ -19,6 +19,7 @@ ORDER = [
     'rewrites',
     'variants',
     'strategies',
+    'sharded',
     'study',
     'run',
     'cost',
