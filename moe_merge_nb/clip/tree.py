@@ -24,7 +24,7 @@ class Tree(NamedTuple):
 def tree(
     tokens:Tensor, # (n, context) ids; each prompt ends at its highest one, the end of text
 )->Tree:
-    "The prefixes of `tokens`, each once; ValueError unless all prompts begin alike."
+    "The prefixes of `tokens`, each once, on the processor; ValueError unless all prompts begin alike."
     starts = tokens[:, 0].unique().tolist()
     if len(starts) > 1: raise ValueError(f'prompts begin with {starts}: all must begin with the token that routes')
     nodes, ends = {}, [] # (parent, token) -> (number, position)
@@ -36,7 +36,7 @@ def tree(
     depth = torch.tensor(list(nodes.values()))[:, 1]
     sees = torch.eye(len(nodes), dtype=torch.bool)
     for t in range(1, int(depth.max()) + 1): sees[depth == t] |= sees[parent[depth == t]]
-    return Tree(*(x.to(tokens.device) for x in (token, depth, sees, torch.tensor(ends))))
+    return Tree(token, depth, sees, torch.tensor(ends))
 
 # %% ../../nbs/2_clip/03_tree.ipynb #421d2856
 def parts(
@@ -70,6 +70,7 @@ def encode_tree(
 )->Tensor: # (n, embed_dim), not normalised
     "Text features of the prompts of one tree."
     blocks, adapters = clip.transformer.resblocks, adapters or repeat(None)
+    t = Tree(*(x.to(clip.positional_embedding.device, non_blocking=True) for x in t))
     x = (clip.token_embedding(t.token) + clip.positional_embedding[t.depth])[None]      # (1, N, width)
     mask = torch.zeros_like(t.sees, dtype=x.dtype).masked_fill_(~t.sees, -torch.inf)    # (N, N)
     rows = torch.cat([t.ends.new_zeros(1), t.ends])[None]                               # (1, 1 + n)
@@ -78,6 +79,7 @@ def encode_tree(
         else: x = block(b, x, mask, adapters=y)
     return clip.ln_final(x[0, 1:]) @ clip.text_projection
 
+# %% ../../nbs/2_clip/03_tree.ipynb #f949b889
 def encode_prompts(
     clip:CLIP, # both towers transformers
     tokens:Tensor, # (n, context) ids
@@ -85,7 +87,8 @@ def encode_prompts(
     most:int=384, # nodes of a tree
 )->Tensor: # (n, embed_dim), not normalised
     "Text features in evaluation: what `encode_text` gives, with shared beginnings computed once."
+    tokens = tokens.cpu()                                           # a GPU is waited for once
     which = parts(tokens, most)
     features = torch.cat([encode_tree(clip, tree(tokens[p]), adapters) for p in which])
-    order = torch.tensor(sum(which, []), device=features.device)
+    order = torch.tensor(sum(which, [])).to(features.device, non_blocking=True)
     return torch.empty_like(features).index_copy_(0, order, features)

@@ -16,6 +16,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from .experts import many
 from .kinds import Experts, make_expert, make_gate, make_mix, make_router
+from .router import most_open
 
 # %% ../../nbs/3_layer/05_moe.ipynb #27c2f335
 class Routing(NamedTuple):
@@ -76,6 +77,7 @@ def weigh(self:MoE, gates:Tensor)->Tensor: # (batch, columns) -> (batch, experts
 # %% ../../nbs/3_layer/05_moe.ipynb #edbbc5e7
 Over = Callable[[MoE, Tensor], Tensor] # layer, logits (batch, columns) -> gates (batch, columns)
 
+# %% ../../nbs/3_layer/05_moe.ipynb #b435f7d4
 @dataclass
 class Route:
     "How one task routes in one block, in one pass: what a mix is handed."
@@ -88,6 +90,11 @@ class Route:
     def own(self)->nn.Module:
         "All that the task owns in this block."
         return self.moe.routers[self.task]
+
+    @property
+    def most(self)->int|None: # None: not known
+        "How many experts a sequence selects at most."
+        return None if self.over else most_open(self.moe.gate)
 
     def __call__(self,
         x:Tensor, # (batch, tokens, width)

@@ -71,10 +71,10 @@ class Uses:
         n:int, # sequences
     )->Tensor: # (n, blocks x experts) bool, in the order of `Versions.experts`
         "The experts of `tower` that each sequence used."
-        used = [torch.zeros(n, 0, dtype=torch.bool)]
+        used = [torch.zeros(n, 0, dtype=torch.bool, device=model.logit_scale.device)]
         for m in model.moes:
             if m.tower != tower: continue
-            everything = torch.ones(n, len(m.experts), dtype=torch.bool)
+            everything = used[0].new_ones(n, len(m.experts))
             used.append(self.in_block(m, n) if m.mix is route_once else everything)
         return torch.cat(used, dim=1)
 
@@ -83,7 +83,7 @@ class Uses:
         n:int, # sequences
     )->Tensor: # (n, experts) bool
         "The experts that the gates of its columns stand for."
-        each = [(moe.weigh(g) != 0).cpu() for g in self.gates[moe.block]]
+        each = [moe.weigh(g) != 0 for g in self.gates[moe.block]]
         if moe.tower == 'text': each = [used.any(0, keepdim=True) for used in each]
         return reduce(or_, each).expand(n, -1)
 

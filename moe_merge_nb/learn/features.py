@@ -82,8 +82,9 @@ def classes(self:Encoder,
         self.passes['prompts'] += n*len(task.templates)
         watch = dict(probe=probe, **other(over)) if s >= 0 else {}
         w = class_embeddings(self.model, lambda texts: tokens, task, s, **watch)
+        w = w.cpu()
         self.check_classes(w, task, s)
-        return (w.cpu(),), self.uses(probe, 'text', s, n=n)
+        return (w,), self.uses(probe, 'text', s, n=n).cpu()
     tokens, source = self.tokens(task)
     w, = self.cache.get('text', source, s, torch.arange(n), compute=compute, over=over)
     return w.to(self.model.logit_scale.device)
@@ -126,13 +127,15 @@ def uses(self:Encoder,
 # %% ../../nbs/6_learn/09_features.ipynb #eb408b50
 FEW = 4 # images that a batch has at least
 
-def _encode(encoder, x, s, over): # (n, 3, H, W) -> (n, d), (n, blocks x experts); on the CPU
+def _encode(encoder, x, s, over): # (n, 3, H, W) -> (n, d), (n, blocks x experts)
     "Features of a batch, and the experts it went through."
     probe, n = Uses(), len(x)
-    some = torch.arange(max(n, FEW)) % n
-    z = encoder.model.encode_image(x[some].to(encoder.model.logit_scale.device), s, probe, **other(over)).cpu()
-    return z[:n], probe.of(encoder.model, 'image', len(some))[:n]
+    x = x if n >= FEW else x[torch.arange(FEW) % n]
+    x = x.to(encoder.model.logit_scale.device, non_blocking=True)
+    z = encoder.model.encode_image(x, s, probe, **other(over))
+    return z[:n], probe.of(encoder.model, 'image', len(x))[:n]
 
+# %% ../../nbs/6_learn/09_features.ipynb #61bf834a
 @patch
 @torch.no_grad()
 def images(self:Encoder,
@@ -144,8 +147,9 @@ def images(self:Encoder,
     "Features of some test images by the routers `s`."
     def compute(rows):
         self.passes['images'] += len(rows)
-        loading = DataLoader(Subset(task.test, rows.tolist()), self.batch, num_workers=self.workers)
-        z, used = map(torch.cat, zip(*(_encode(self, x, s, over) for x, _ in loading)))
+        how = dict(num_workers=self.workers, pin_memory=self.model.logit_scale.is_cuda)
+        loading = DataLoader(Subset(task.test, rows.tolist()), self.batch, **how)
+        z, used = (torch.cat(t).cpu() for t in zip(*(_encode(self, x, s, over) for x, _ in loading)))
         check_features(z, rows, task.test, self.model, said=f'task {task.name!r}, test images {by(s)}')
         return (z,), used
     z, = self.cache.get('image', self.source(task.test), s, index, compute=compute, over=over)

@@ -38,7 +38,8 @@ def step(
     added = routing_loss(learner, callbacks)
     learner.texts, total = texts.detach().requires_grad_(), sum(loss.detach() for loss in added)
     for x, y in zip(images.split(size), labels.split(size)):
-        loss = total_loss(learner, x.to(device), y.to(device), callbacks) * (len(x) / n)
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        loss = total_loss(learner, x, y, callbacks) * (len(x) / n)
         scaler.scale(loss).backward()
         total, learner.features, learner.logits = total + loss.detach(), None, None
     backward_prompts(texts, learner.texts.grad, [scaler.scale(loss) for loss in added])

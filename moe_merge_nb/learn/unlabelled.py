@@ -82,9 +82,9 @@ def inside(
     moes, found = [m for m in encoder.model.moes if m.tower == 'image'], []
     for x in images.split(encoder.batch):
         probe = Uses()
-        z = encoder.model.encode_image(x.to(encoder.model.logit_scale.device), s if s >= 0 else None, probe).cpu()
+        z = encoder.model.encode_image(x.to(encoder.model.logit_scale.device), s if s >= 0 else None, probe)
         found.append((z, *(gates(m, probe, len(x)) for m in moes)))
-    z, *each = map(torch.cat, zip(*found))
+    z, *each = (torch.cat(t).cpu() for t in zip(*found))
     return z, each
 
 def gates(
@@ -93,5 +93,5 @@ def gates(
     n:int, # images
 )->Tensor: # (n, experts)
     "How much each expert of a block said; the mean, where a block routes more than once."
-    seen = [moe.weigh(g).cpu() for g in probe.gates.get(moe.block, ())]
+    seen = [moe.weigh(g) for g in probe.gates.get(moe.block, ())]
     return torch.stack(seen).mean(0) if seen else torch.zeros(n, len(moe.experts))

@@ -17,13 +17,14 @@ Block = tuple[str, int]                                  # tower, index of the b
 @dataclass
 class Usage:
     "A probe that counts selections per tower, block and expert."
-    counts:dict[Block, Tensor] = field(default_factory=dict) # (experts,) int64 for each block
+    counts:dict[Block, Tensor] = field(default_factory=dict) # (experts,) int64 for each block, where the gates are
 
     def __call__(self, routing:Routing):
         "Count one routing decision."
-        new = (routing.gates > 0).sum(0).cpu()                                              # (experts,)
+        new = (routing.gates > 0).sum(0)                                                    # (experts,)
         key = routing.tower, routing.block
-        self.counts[key] = self.counts.get(key, 0) + new
+        before = self.counts.get(key)
+        self.counts[key] = new if before is None else before.to(new.device) + new
 
 # %% ../../nbs/4_merge/01_usage.ipynb #9484ff17
 def since(

@@ -69,12 +69,13 @@ def total_counts(
     counts:dict[tuple[str, int], Tensor], # of this process, (experts,) per block: ('image' | 'text', number)
     accelerator:Accelerator|None, # None: one process
 )->dict[tuple[str, int], Tensor]: # of all processes
-    "Usage over all processes: image towers added up, text towers as the first process saw them."
-    if alone(accelerator): return counts
-    def mine(tower, c): return c if tower == 'image' or accelerator.is_main_process else torch.zeros_like(c)
+    "Usage over all processes, on the processor: image towers added up, text towers as the first process saw them."
+    if not counts: return {}
+    first = alone(accelerator) or accelerator.is_main_process
+    def mine(tower, c): return c if tower == 'image' or first else torch.zeros_like(c)
     flat = torch.cat([mine(tower, c) for (tower, _), c in counts.items()])
-    total = accelerator.reduce(flat.to(accelerator.device), 'sum').cpu()
-    return dict(zip(counts, total.split([len(c) for c in counts.values()])))
+    if not alone(accelerator): flat = accelerator.reduce(flat.to(accelerator.device), 'sum')
+    return dict(zip(counts, flat.cpu().split([len(c) for c in counts.values()])))
 
 # %% ../../nbs/safe/05_devices.ipynb #9b0a9bf4
 def peak_memory(
