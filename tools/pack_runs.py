@@ -12,7 +12,7 @@ FULL = {  # with the experts of a few runs
     'mini': ['study', 'baselines'],
     'demo': ['demo'],
 }
-OTHERS = {'combine': ['shared', 'combine', 'combine_aligned']}
+OTHERS = {'combine': ['shared', 'combine', 'combine_aligned'], 'rates': ['rates']}
 
 def is_finished(run: Result) -> bool:
     "Did it get to its end?"

@@ -75,7 +75,6 @@ STUDY = {
     'controls': ['controls'],
     'few': ['few'],
     'sharing': ['sharing'],
-    'rates': ['rates'],
     'ablation': ['ablation', 'ablation_merge', 'ablation_moe', 'ablation_warm', 'ablation_size', 'ablation_copy'],
 }
 
