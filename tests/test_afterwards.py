@@ -1,5 +1,6 @@
 """A finished run predicts in another way: what is kept, that it is found again, and what is refused."""
 import json
+import shutil
 import sys
 from pathlib import Path
 import pandas as pd
@@ -17,7 +18,7 @@ from moe_merge_nb.run.line import as_text
 from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.job import job
 from moe_merge_nb.run.report import tell
-from moe_merge_nb.run.runs import load_all, load_runs
+from moe_merge_nb.run.runs import check_finished, load_all, load_runs
 from moe_merge_nb.run.share import load
 from moe_merge_nb.strategies.afterwards import known_in, opened, strategy_in
 from moe_merge_nb.streams.tasks import toy_stream
@@ -243,6 +244,16 @@ def test_a_run_that_is_not_finished_is_refused(typed, here, line):
     Path('half').mkdir(exist_ok=True)
     Path('half/checkpoint.safetensors').write_bytes(b'as a run leaves it')
     assert typed(*line)[0] == 'moe-merge: half is not finished: give the command that began it again'
+
+def test_a_finished_run_may_have_a_checkpoint_left(here, tmp_path):
+    shutil.copytree('run', tmp_path/'left')
+    (tmp_path/'left'/'checkpoint.safetensors').write_bytes(b'of a process that was killed before it removed it')
+    check_finished(tmp_path/'left')
+    config = tmp_path/'left'/'config.json'
+    said = json.loads(config.read_text())
+    said.pop('finished')                                                            # as between two tasks
+    config.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match='left is not finished'): check_finished(tmp_path/'left')
 
 def test_what_is_refused_leaves_no_directory_and_takes_none_away(typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
