@@ -1,5 +1,6 @@
 """A finished run predicts in another way: what is kept, that it is found again, and what is refused."""
 import json
+import shutil
 import sys
 from pathlib import Path
 import pandas as pd
@@ -13,10 +14,11 @@ from moe_merge_nb.learn.views import STRATEGIES, averaged, make_strategy, strate
 from moe_merge_nb.run import cli
 from moe_merge_nb.run.afterwards import check_given, predict_with
 from moe_merge_nb.run.job import UsageError
+from moe_merge_nb.run.line import as_text
 from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.job import job
 from moe_merge_nb.run.report import tell
-from moe_merge_nb.run.runs import load_all, load_runs
+from moe_merge_nb.run.runs import check_finished, load_all, load_runs
 from moe_merge_nb.run.share import load
 from moe_merge_nb.strategies.afterwards import known_in, opened, strategy_in
 from moe_merge_nb.streams.tasks import toy_stream
@@ -222,12 +224,48 @@ def test_a_sweep_over_numbers_has_a_directory_for_each(typed, here):
 @pytest.mark.parametrize('line, message', [
     (['predict_options={beta:1}'], 'predict_options is given without from'),
     (['predict=contrast', 'from=run', 'predict_options=5'], 'predict_options is 5'),
-    (['predict=contrast', 'from=nowhere'], 'nowhere'),
-    (['predict=contrast', 'from=run', 'predict_options={bet:1}'], "no option 'bet'"),
+    (['predict=contrast', 'from=nowhere/run'], 'no file or directory nowhere/run, and no nowhere'),
+    (['predict=contrast', 'from=rum'], 'there is no file or directory rum: in . there is run'),
+    (['rewrite=msmoe', 'budget=3', 'from=rum'], 'there is no file or directory rum: in . there is run'),
+    (['extend=rum', 'stream=toy'], 'there is no file or directory rum: in . there is run'),
+    (['unlearn=circles', 'from=rum'], 'there is no file or directory rum: in . there is run'),
+    (['predict=contrast', 'from=run', 'predict_options=rank:2'], 'in quotes, because a shell'),
+    (['predict=contrast', 'from=run', 'predict_options.bet=1'], "no option 'bet'"),
+    (['predict=contrast', 'from=run', 'predict_options={"bet":1}'], "no option 'bet'"),
 ])
 def test_the_command_says_in_one_line_what_can_be_mended(typed, line, message):
     code, out, err = typed(*line)
     assert message in code and code.startswith('moe-merge: ') and 'Traceback' not in err
+
+@pytest.mark.parametrize('line', [
+    ['predict=averaged', 'from=half'], ['unlearn=circles', 'from=half'], ['extend=half', 'stream=toy'],
+    ['rewrite=msmoe', 'budget=3', 'from=half']])
+def test_a_run_that_is_not_finished_is_refused(typed, here, line):
+    Path('half').mkdir(exist_ok=True)
+    Path('half/checkpoint.safetensors').write_bytes(b'as a run leaves it')
+    assert typed(*line)[0] == 'moe-merge: half is not finished: give the command that began it again'
+
+def test_a_finished_run_may_have_a_checkpoint_left(here, tmp_path):
+    shutil.copytree('run', tmp_path/'left')
+    (tmp_path/'left'/'checkpoint.safetensors').write_bytes(b'of a process that was killed before it removed it')
+    check_finished(tmp_path/'left')
+    config = tmp_path/'left'/'config.json'
+    said = json.loads(config.read_text())
+    said.pop('finished')                                                            # as between two tasks
+    config.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match='left is not finished'): check_finished(tmp_path/'left')
+
+def test_what_is_refused_leaves_no_directory_and_takes_none_away(typed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert 'no file or directory' in typed('predict=averaged', 'from=nowhere')[0]
+    assert tmp_path.is_dir() and not any(tmp_path.iterdir())
+
+def test_numbers_one_by_one_or_as_json_are_those_in_braces():
+    said = ['+predict_options.beta=0.3', 'predict_options={beta:0.3}', "unlearn_options={loss:'npo',steps:5}"]
+    given = ['predict_options.beta=0.3', 'predict_options={"beta":0.3}', 'unlearn_options={"loss":"npo","steps":5}']
+    assert [*map(as_text, given)] == said
+    assert as_text('predict_options={"beta":0.1},{"beta":0.5}', True) == 'predict_options={beta:0.1},{beta:0.5}'
+    assert composed(said[0]).predict_options == composed(said[1]).predict_options == {'beta': .3}
 
 def test_the_report_gives_a_prediction_a_row_of_its_own(here, tmp_path, capsys):
     for beta in (.25, .5): predict_with('run', 'contrast', tmp_path/str(beta), options=dict(beta=beta), progress=False)

@@ -142,3 +142,12 @@ def test_a_list_of_few_shots_that_is_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path/'few.json')
     with pytest.raises(ValueError, match='few.json is no few-shot list .*no regular file'):
         saved_few_shot(tmp_path/'few.json', [0, 1], 1)
+
+def test_a_lock_leaves_nothing_where_nothing_was_written(tmp_path):
+    with pytest.raises(ValueError), locked(tmp_path/'new'): raise ValueError('refused')
+    assert not (tmp_path/'new').exists()
+    (tmp_path/'old').mkdir()
+    with locked(tmp_path/'old'): pass
+    assert everything(tmp_path/'old') == []
+    with locked(tmp_path/'old'): (tmp_path/'old'/'file').write_text('x')
+    assert (tmp_path/'old'/LOCK).is_file()

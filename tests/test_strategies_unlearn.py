@@ -15,10 +15,11 @@ from moe_merge_nb.run.extending import extend
 from moe_merge_nb.run.job import job
 from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.reproduce import again
+from moe_merge_nb.run.report import tell
 from moe_merge_nb.run.runs import load_all
 from moe_merge_nb.run.share import load
 from moe_merge_nb.run.unlearning import unlearn
-from moe_merge_nb.strategies.forget import forget, forgetting
+from moe_merge_nb.strategies.forget import forget, forgetting, n_held
 from moe_merge_nb.strategies.unlearn import (
     LOSSES, Forget, Place, Unlearn, affinities, anchor, ascent, npo, place_of, ranked)
 from moe_merge_nb.streams.tasks import Stream, toy_stream
@@ -91,7 +92,7 @@ def test_what_is_not_there_is_refused_by_name():
     def say(name, **how): forget(model, tokenizer, STREAM, name, Unlearn(**{**FEW, **how}), progress=False)
     with pytest.raises(ValueError, match="unlearn is 'Cats': choose one of"): say('Cats')
     with pytest.raises(ValueError, match="'image.9.0': there is no"): say(STREAM.names[0], target='image.9.0')
-    with pytest.raises(ValueError, match='are held out .unlearn.held.: give more'): say(STREAM.names[0], held=10**6)
+    with pytest.raises(ValueError, match='choose fewer, as in unlearn_options={held:'): say(STREAM.names[0], held=10**6)
 
 
 # ---- by which loss
@@ -243,6 +244,18 @@ def test_the_report_shows_it_as_a_row_of_its_own(here):
     assert [r.config['method'] for r in runs] == ['moe_merge']
     assert [r.config['method'] for r in others] == [f'moe_merge unlearn={STREAM.names[1]}']
 
+@pytest.mark.filterwarnings('ignore:.*still right after')
+def test_the_report_tells_two_ways_of_forgetting_one_task_apart(here):
+    for target in ('experts', 'routers'):
+        unlearn('run', STREAM.names[1], f'ways/{target}', options=FEW | dict(target=target), progress=False)
+    runs, others = load_all([here/'run', here/'ways'])
+    named = [f'moe_merge unlearn={STREAM.names[1]} unlearn_options.target={t}' for t in ('experts', 'routers')]
+    assert [r.config['method'] for r in others] == named
+    tell(runs, others)                                                              # and no two agree
+
+def test_a_quarter_is_held_out_where_nothing_is_said():
+    assert [n_held(n, None) for n in (2, 48, 1000)] == [1, 12, 64] and n_held(48, 24) == 24
+
 @pytest.mark.filterwarnings('ignore:.*still right after 2 steps')
 def test_the_command_says_what_it_did_and_refuses_what_the_run_has_said(here, monkeypatch, capsys):
     def typed(*arguments):
@@ -253,11 +266,15 @@ def test_the_command_says_what_it_did_and_refuses_what_the_run_has_said(here, mo
     options = 'unlearn_options={target:routers,held:24,batch:8,steps:2}'
     code, out, _ = typed(f'unlearn={STREAM.names[1]}', 'from=run', options)
     assert code == '' and 'oracle' in out and 'runs/unlearned/' in out
-    assert f'{STREAM.names[1]} by routers' in out and '2 steps: 100.0 % of held-out images were right' in out
+    assert f'{STREAM.names[1]} by routers' in out
+    assert '2 steps: by its own routers, 100.0 % of held-out images were right' in out
     [made] = Path('runs/unlearned').iterdir()
+    m = load_result(made).matrix.query(f'task == "{STREAM.names[1]}"').set_index('selector').accuracy
+    assert f"by selector: oracle {m['oracle']:.1f} %, gaussian {m['gaussian']:.1f} %" in out
     assert load_result(made).config['unlearned'][0]['steps'] == 2
     assert 'rewrite is given with unlearn' in typed(f'unlearn={STREAM.names[1]}', 'from=run', 'rewrite=reap')[0]
     assert "unlearn is 'Cats'" in typed('unlearn=Cats', 'from=run')[0]
+    assert [*Path('runs/unlearned').iterdir()] == [made]                            # a refusal leaves nothing
     assert 'say from=RUN' in typed(f'unlearn={STREAM.names[1]}')[0]
     assert 'train.lr is given with unlearn' in typed(f'unlearn={STREAM.names[1]}', 'from=run', 'train.lr=.1')[0]
     assert "no option 'rate'" in typed(f'unlearn={STREAM.names[1]}', 'from=run', 'unlearn_options={rate:1}')[0]

@@ -40,8 +40,8 @@ class Known:
         if self.config.get('predicts'): raise ValueError('it is a prediction by a finished run: give the run itself')
         tune, method = self.config.get('tune'), self.config.get('method')
         if tune != 'adapters' or not self.adapters:
-            raise ValueError(f'method {method!r} trains {tune}: only a mixture of experts can learn a further task, '
-                             'or predict in another way')
+            raise ValueError(f'method {method!r} trains {tune}: only a mixture of experts can learn a further task '
+                             'or forget one, or predict in another way')
         if self.selectors is None or self.callbacks is None:
             raise ValueError('what its selectors and its merge rule know is not there: it is not finished, was made by '
                              'an earlier version, or was shared without; finish it, or run it again')

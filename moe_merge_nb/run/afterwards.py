@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..learn.method import choices, own_kinds
 from ..learn.results import Result
 from .extending import FREE, known_of, method_in
-from .job import UsageError, accelerator, check_numbers, plainly
+from .job import UsageError, accelerator, check_numbers, options_of, plainly
 from .reproduce import same_data, stream_of
 from .share import Shared
 from ..safe.doors import sources
@@ -59,7 +59,7 @@ def check_given(given:Sequence[str]): # arguments of the command line
     names = [g.partition('=')[0].lstrip('+~') for g in given]
     if 'predict' not in names:
         raise UsageError('from is given without what to do: say predict=STRATEGY or rewrite=RULE, or leave from out')
-    odd = [n for n in names if n not in (*HERE, *FREE) and not n.startswith('hydra')]
+    odd = [n for n in names if n.partition('.')[0] not in (*HERE, *FREE, 'hydra')]
     if odd: raise UsageError(f'{odd[0]} is given with predict and from: the finished run has its own; leave it out')
 
 # %% ../../nbs/run/32_afterwards.ipynb #3524d5e3
@@ -72,9 +72,7 @@ def predict_job(
     "Predict by `cfg.predict` what the run `cfg.from` has learned; UsageError for what a user can mend."
     with plainly():
         check_given(given)
-        options = OmegaConf.to_container(OmegaConf.create({'options': cfg.predict_options}), resolve=True)['options']
-        if not isinstance(options, (dict, type(None))):
-            raise UsageError(f'predict_options is {options!r}: give names and numbers, as in {{beta:0.5}}')
+        options = options_of(cfg, 'predict_options', 'beta:0.5,rank:2')
         check_numbers(cfg)
         torch.set_num_threads(cfg.threads)
         devices = accelerator(cfg.device, cfg.track, directory)

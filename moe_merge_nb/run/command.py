@@ -36,8 +36,11 @@ def show(
     print(summary(result, by).round(2).to_string(index=False, na_rep=''), f'\n{os.path.relpath(directory)}')
 
 def tidy(directory:str)->None:
-    "Remove a directory that Hydra made and nothing was written to."
-    if Path(directory).is_dir() and not any(Path(directory).iterdir()): os.removedirs(directory)
+    "Remove a directory that Hydra made and nothing was written to, and those above, but not the one at hand."
+    d = Path(directory).absolute()
+    while d.is_dir() and not any(d.iterdir()) and d != Path.cwd():
+        d.rmdir()
+        d = d.parent
 
 # %% ../../nbs/run/09_command.ipynb #0cf1a73d
 def _learned(cfg, here):

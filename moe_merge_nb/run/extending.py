@@ -25,6 +25,7 @@ from ..merge.rule import STARTS
 from .header import FILE, read_header
 from .job import UsageError, about_stream, accelerator, check_numbers, made, plainly, stream_from
 from .reproduce import method_of, stream_from_config
+from .runs import check_finished
 from .share import Shared, load
 from ..select.select import SELECTORS
 from ..streams.tasks import Stream
@@ -41,6 +42,7 @@ def known_of(
 )->tuple[Known, tuple|None]: # its backbone, where it has one with it
     "What it hands on; ValueError where that is not enough to go on from."
     if isinstance(source, (str, Path)):
+        check_finished(source)
         here = is_run(Path(source))
         source = load_result(source, True, selectors=True, checked=True) if here else load(source, trust=trust)
         trust = trust or here

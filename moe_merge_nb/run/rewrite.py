@@ -14,6 +14,7 @@ from ..safe.doors import sources
 from ..safe.files import replacing
 from ..safe.provenance import provenance
 from .reproduce import stream_of
+from .runs import check_finished
 from ..learn.saved import load_result
 from ..layer.adapt import AdaptedCLIP
 from ..rewrites.bank import banks, n_expert_parameters, with_banks
@@ -74,6 +75,7 @@ def rewrite_run(
 )->tuple[pd.DataFrame, Path]: # accuracy in % per task: before, after (recovered); the directory that was written
     "Apply a rule to the adapters of a run; the banks and the accuracies are saved in its folder `rewrites`."
     check_numbers(rule, budget, parts, recovery)
+    check_finished(directory)
     shared, config = load(directory, trust=True), load_result(directory).config
     model, tokenizer = shared.model, shared.tokenizer
     banks(model) # ValueError for kinds of experts or routers that rewrites do not know

@@ -29,7 +29,7 @@ from ..learn.saved import save_result
 from ..learn.views import View, make_strategy
 from .afterwards import check_sources
 from .extending import FREE, known_of, method_in
-from .job import UsageError, accelerator, check_numbers, plainly
+from .job import UsageError, accelerator, check_numbers, options_of, plainly
 from .reproduce import same_data, stream_of
 from .share import Shared
 from ..safe.provenance import config_hash, provenance
@@ -135,10 +135,12 @@ def unlearn(
 
 # %% ../../nbs/run/33_unlearning.ipynb #ce8355e1
 def told(result:Result)->str: # of `unlearn`
-    "What was done, in one line."
-    [e] = result.events
-    return (f"{visible(e['task'])} by {e['place']}, {e['numbers']:,} numbers, {e['steps']} steps: "
-            f"{e['before']:.1f} % of held-out images were right, {e['held_out']:.1f} % are")
+    "What was done, and what every selector still knows of the task, in one line."
+    [e], m = result.events, result.matrix
+    each = [f'{row.selector} {row.accuracy:.1f} %' for row in m[m.task == e['task']].itertuples()]
+    return (f"{visible(e['task'])} by {e['place']}, {e['numbers']:,} numbers, {e['steps']} steps: by its own routers, "
+            f"{e['before']:.1f} % of held-out images were right, {e['held_out']:.1f} % are. "
+            f"Test images of it, by selector: {', '.join(each)}")
 
 # %% ../../nbs/run/33_unlearning.ipynb #6833c8dc
 HERE = ('unlearn', 'unlearn_options', 'from', 'root')
@@ -147,7 +149,7 @@ def check_given(given:Sequence[str]): # arguments of the command line
     "UsageError for something that the run has said."
     names = [g.partition('=')[0].lstrip('+~') for g in given]
     if 'from' not in names: raise UsageError('unlearn is given without from: say from=RUN, a finished run')
-    odd = [n for n in names if n not in (*HERE, *FREE) and not n.startswith('hydra')]
+    odd = [n for n in names if n.partition('.')[0] not in (*HERE, *FREE, 'hydra')]
     if odd: raise UsageError(f'{odd[0]} is given with unlearn: the finished run has its own; leave it out')
 
 # %% ../../nbs/run/33_unlearning.ipynb #a14e3e62
@@ -160,9 +162,7 @@ def unlearn_job(
     "Forget the task `cfg.unlearn` of the run `cfg.from`; UsageError for what a user can mend."
     with plainly():
         check_given(given)
-        options = OmegaConf.to_container(OmegaConf.create({'options': cfg.unlearn_options}), resolve=True)['options']
-        if not isinstance(options, (dict, type(None))):
-            raise UsageError(f'unlearn_options is {options!r}: give names and values, as in {{loss:npo,steps:50}}')
+        options = options_of(cfg, 'unlearn_options', 'loss:npo,steps:50')
         check_numbers(cfg)
         torch.set_num_threads(cfg.threads)
         devices = accelerator(cfg.device, cfg.track, directory)

@@ -43,7 +43,7 @@ def locked(
     patience:float=15., # seconds for the children of a process that was killed
 )->Iterator[None]:
     "Inside, this process has `directory` for itself. InUse if another one has it, OSError if it cannot be written to."
-    d = Path(directory)
+    d, there = Path(directory), Path(directory).is_dir()
     check_writable(d)
     lock, who = FileLock(d/LOCK), owner(d)
     try: lock.acquire(timeout=patience if dead(who) else 0)
@@ -57,7 +57,10 @@ def locked(
         yield
     finally:
         with suppress(OSError): (d/OWNER).unlink(missing_ok=True)
+        unused = [p.name for p in d.iterdir()] == [LOCK]                        # it was refused before it wrote
+        if unused: (d/LOCK).unlink()
         lock.release()
+        if unused and not there: d.rmdir()
 
 # %% ../../nbs/safe/04_guard.ipynb #bb56b3ee
 class Stopped(KeyboardInterrupt):

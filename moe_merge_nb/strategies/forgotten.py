@@ -96,7 +96,7 @@ def measure_unlearn(
     for kind, case in [(kind, case) for kind in kinds for case in ['before', *cases]]:
         rows = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=['seed', 'expert', 'case', 'lr'])
         if len(rows.query('seed == @seed and expert == @kind and case == @case and lr == @lr')): continue
-        after, how = copy.deepcopy(model), dict(loss='ga', lr=lr, steps=steps) | CASES.get(case, {})
+        after, how = copy.deepcopy(model), dict(loss='ga', lr=lr, steps=steps, held=64) | CASES.get(case, {})
         row = dict(seed=seed, expert=kind, task=tasks[kind], case=case, lr=lr)
         if case != 'before': row |= forget(after, tokenizer, stream, tasks[kind], Unlearn(**how), seed, progress=False)
         row |= tested(after, model, tokenizer, stream, stream.names.index(tasks[kind]), cache=cache)

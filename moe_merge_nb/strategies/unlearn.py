@@ -120,7 +120,7 @@ class Unlearn:
     steps:int = setting(100, whole(1)) # at most
     lr:float = setting(1e-2, positive)
     batch:int = setting(32, whole(1)) # images per step
-    held:int = setting(64, whole(1)) # last training images, held out: they tell which expert, and when to end
+    held:int|None = setting(None, whole(1)) # last training images, held out, see `n_held`
     retain:float = setting(1., number('0 or more', lambda x: x >= 0)) # lambda
     anchor:float = setting(1., number('0 or more', lambda x: x >= 0)) # alpha
     beta:float = setting(.001, positive) # of npo
