@@ -3,6 +3,7 @@ from torch import nn
 from moe_merge_nb.layer.experts import *
 from moe_merge_nb.layer.router import *
 from moe_merge_nb.layer.mix import *
+from stacked import mix_stacked
 def busy_experts(n, d, r, **how):
     "Experts that do something: all their tensors are random."
     experts = many(lambda: Expert(d, r, **how), n)

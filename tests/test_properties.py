@@ -12,7 +12,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from moe_merge_nb.layer.adapt import AdaptedCLIP, trainable
 from moe_merge_nb.layer.experts import Expert, balance, many, read, write
 from moe_merge_nb.layer.kinds import Experts
-from moe_merge_nb.layer.mix import mix_gathered, mix_loop, mix_segments, mix_selected, mix_stacked
+from moe_merge_nb.layer.mix import mix_few, mix_gathered, mix_loop, mix_segments, mix_selected, selected
 from moe_merge_nb.layer.moe import MoE, Routing, mixture
 from moe_merge_nb.layer.router import top_k_gates, top_p_gates
 from moe_merge_nb.learn.metrics import mtil_metrics
@@ -25,6 +25,7 @@ from moe_merge_nb.merge.usage import Usage, since, usage_rows
 from moe_merge_nb.safe.batches import batch_indices
 from moe_merge_nb.safe.checkpoint import read_tree, write_tree
 from moe_merge_nb.streams.images import few_shot, saved_few_shot
+from stacked import mix_stacked
 
 near = torch.testing.assert_close
 seeds = st.integers(0, 2**31)
@@ -201,6 +202,14 @@ def test_every_formulation_of_the_mixture_equals_the_obvious_one(experts, data):
     gates = data.draw(gates_for(len(experts), n)).double()
     y = mix_loop(x, gates, experts)
     for mix in FAST: near(mix(x, gates, experts), y, rtol=1e-9, atol=small(y, 1e-9))
+
+@given(experts_of(dtype=torch.float64), st.data())
+def test_one_bottleneck_of_all_experts_in_use_equals_the_obvious_one(experts, data):
+    n, tokens, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5)), experts[0].down.in_features
+    x = randn(n, tokens, width, seed=data.draw(seeds), dtype=torch.float64)
+    gates = data.draw(gates_for(len(experts), n)).double()
+    y, used = mix_loop(x, gates, experts), selected(gates)[0].unique()
+    with torch.no_grad(): near(mix_few(x, gates, experts, used), y, rtol=1e-9, atol=small(y, 1e-9))
 
 @given(experts_of(dtype=torch.float64), st.data())
 def test_a_permutation_of_experts_leaves_the_output(experts, data):

@@ -12,7 +12,7 @@ from moe_merge_nb.clip.backbone import pico_tokenizer
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.layer.experts import Expert, many, read
 from moe_merge_nb.layer.kinds import Experts
-from moe_merge_nb.layer.mix import mix_gathered, mix_loop, mix_segments, mix_stacked
+from moe_merge_nb.layer.mix import mix_gathered, mix_loop, mix_segments
 from moe_merge_nb.layer.moe import MoE
 from moe_merge_nb.layer.router import top_k_gates
 from moe_merge_nb.learn import loop
@@ -28,6 +28,7 @@ from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.train import train_task
 from moe_merge_nb.merge.rule import Merge, merge_once
 from moe_merge_nb.streams.tasks import Images, Stream, Task, prompts
+from stacked import mix_stacked
 
 
 TOKENIZER = pico_tokenizer()

@@ -27,8 +27,10 @@ def by_cell(
     convert:Callable, # `cell` before writing, `uncell` after reading
 )->pd.DataFrame:
     "`df` with its texts converted: a spreadsheet takes none for a formula."
-    texts = [c for c in df if not pd.api.types.is_numeric_dtype(df[c])]
-    return df.assign(**{c: df[c].map(convert) for c in texts})
+    def converted(column): # each text once
+        place, texts = pd.factorize(column, use_na_sentinel=False)
+        return pd.Series(texts).map(convert).take(place).set_axis(df.index)
+    return df.assign(**{c: converted(df[c]) for c in df if not pd.api.types.is_numeric_dtype(df[c])})
 
 def _read_table(path, columns, sums):
     types = dict.fromkeys(WORDS, str)
