@@ -20,6 +20,11 @@ settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'ci'))
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish():
+    "What is imported by now stays, so nobody looks through it for garbage again."
+    gc.collect()
+    gc.freeze()
+
 @pytest.fixture(autouse=True, scope='module')
 def memory_is_given_back():
     "What the tests of one file leave in memory is gone before the next."
