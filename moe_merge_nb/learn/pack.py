@@ -125,7 +125,9 @@ def unpack(
     missing = {*RUN, 'kind', *COLUMNS, 'value'} - {*df.columns}
     if missing: raise ValueError(f'{file} lacks the columns {sorted(missing)}: it was not written by `pack`')
     keys = list(df.columns[:list(df.columns).index('kind')])
-    def runs(p): return [_unlong(dict(zip(keys, k)), rows) for k, rows in even(df).groupby(keys, sort=False)]
+    def runs(p):
+        groups = even(df).groupby(keys, sort=False)[['kind', *COLUMNS, 'value']]
+        return [_unlong(dict(zip(keys, k)), rows) for k, rows in groups]
     return read_file(file, runs)
 
 # %% ../../nbs/6_learn/16_pack.ipynb #04c9e675

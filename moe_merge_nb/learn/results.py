@@ -10,6 +10,7 @@ __all__ = ['TABLES', 'PAIR', 'Result', 'example_result', 'only_last', 'after', '
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 import numpy as np
 import pandas as pd
@@ -117,7 +118,7 @@ def evaluated(config:dict)->list[str]: # of a result
 
 def selectors(result:Result)->list[str]:
     "Names of the selectors that `result` was evaluated with."
-    return list(dict.fromkeys(result.matrix.selector))
+    return list(result.matrix.selector.unique())
 
 # %% ../../nbs/6_learn/14_results.ipynb #e2154ac3
 def accuracy_matrix(
@@ -129,14 +130,15 @@ def accuracy_matrix(
     if selector is None and len(known) == 1: selector = known[0]
     if selector not in known: raise ValueError(f'selector={selector!r}: this run was evaluated with {known}')
     rows = result.matrix[result.matrix.selector == selector]
-    if rows.duplicated(['after', 'task']).any():
+    found = dict(zip(zip(rows.after, rows.task), rows.accuracy))
+    if len(found) < len(rows):
         raise ValueError(f'selector={selector!r}: some task was evaluated twice after one task')
-    A = rows.pivot(index='after', columns='task', values='accuracy').reindex(index=rows_of, columns=columns_of)
-    there = int(A.notna().sum(axis=None))
+    A = np.array([found.get(place, np.nan) for place in product(rows_of, columns_of)], dtype=float)
+    there = int((~np.isnan(A)).sum())
     if there < A.size:
         raise ValueError(f'selector={selector!r}: only {there} of {A.size} accuracies are there; '
                          'the run is not complete')
-    return A.to_numpy(dtype=float)
+    return A.reshape(len(rows_of), len(columns_of))
 
 # %% ../../nbs/6_learn/14_results.ipynb #78a4d189
 PAIR = ('stream', 'order', 'seed', 'data_seed') # runs that agree in these saw the same images in the same order
