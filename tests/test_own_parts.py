@@ -8,11 +8,9 @@ import torch
 from moe_merge_nb.learn.saved import load_result
 from moe_merge_nb.run.share import load, save
 from test_page_extend import FUNCTIONS, MODULES, SELECTOR
-from toys import begin, end, killed
+from toys import LEFT, SMALL, begin, end, killed
 
-SMALL = [
-    'method=moe_merge', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=4',
-    'train.warmup=2', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2', 'merge.every=2']
+FEW = [*SMALL, 'save_every=2', 'train.iterations=4', 'merge.every=2']
 LEARNING = [
     'merge.combine=my_parts.strongest', 'selectors=[oracle,my_parts.Nearest]', 'predict=my_parts.sharper']
 KINDS = {  # what stands in one run -> arguments
@@ -22,7 +20,6 @@ KINDS = {  # what stands in one run -> arguments
     'gelu, mlp': ['experts.expert=gelu', 'experts.router=mlp'],
     'norm': ['experts.expert=norm']}
 OWN, OTHERS = list(KINDS)[:3], list(KINDS)[3:]
-LEFT = ['matrix.csv', 'selection.csv', 'usage.csv', 'fixed.csv', 'events.jsonl', 'adapters.safetensors']
 
 
 @pytest.fixture(scope='module')
@@ -43,8 +40,7 @@ def here(runs, monkeypatch):
 
 def started(kind, directory):
     "The command: its number."
-    selectors = [] if kind == OWN[0] else ['selectors=[oracle]']
-    return begin([*SMALL, *selectors, *KINDS[kind], f'hydra.run.dir={directory}'])
+    return begin([*FEW, *KINDS[kind], f'hydra.run.dir={directory}'])
 
 def whole(kind):
     "The run of a kind, undisturbed."

@@ -26,6 +26,11 @@ def toy_model(n_tasks=2, seed=0, **kinds):
 
 # ---- the command
 
+SMALL = [
+    'method=moe_merge', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=4', 'train.iterations=8',
+    'train.warmup=2', 'selectors=[oracle]', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2']
+LEFT = ['matrix.csv', 'selection.csv', 'usage.csv', 'fixed.csv', 'events.jsonl', 'adapters.safetensors']
+
 def begin(arguments, cwd='.', out='out.txt', err='err.txt'):
     """`moe-merge` in a forked process: its number. To start Python and to import torch costs more than what is tested.
     It has its own output, signals and exit code."""
@@ -62,3 +67,14 @@ def killed(pid, file):
     while not Path(file).exists() and not ended(pid): time.sleep(.005)
     os.kill(pid, signal.SIGKILL)
     return end(pid) == -signal.SIGKILL
+
+def ends_alike(folder='.'):
+    "Both runs of `whole_and_killed` ended with the same bytes."
+    for name in LEFT: assert Path(folder, 'whole', name).read_bytes() == Path(folder, 'killed', name).read_bytes(), name
+
+def whole_and_killed(arguments):
+    "Two runs, of which one is killed when it has saved something, and goes on."
+    assert end(begin([*arguments, 'hydra.run.dir=whole'])) == 0, Path('err.txt').read_text()
+    again = [*arguments, 'hydra.run.dir=killed']
+    assert killed(begin(again), 'killed/checkpoint.safetensors')
+    assert end(begin(again)) == 0, Path('err.txt').read_text()
