@@ -28,15 +28,11 @@ demo: install
 	$(BIN)/moe-merge -m experiment=demo
 	$(BIN)/moe-merge-report runs/demo
 
-# In five parts, each in processes of its own: what pages leave in memory is gone before the next part.
-PAGES := $(BIN)/nbdev_test --n_workers 2 --timing
+# `nbdev_test` for all pages, each in a process of its own that has the package imported.
+PAGES := $(BIN)/python tools/test_pages.py --n_workers 2 --timing
 # Each file of tests is run by one worker, which makes its fixtures once (groups by mark have no effect with pytest 9.2 and pytest-xdist 3.8).
 test: install
-	$(PAGES) --folder_re 'nbs/[1-5]_\w+$$'
-	$(PAGES) --folder_re 'nbs/([6-9]|1\d)_\w+$$' --skip_file_re '^(index|00_tour)'
-	$(PAGES) --folder_re 'nbs/(cost|figures)$$' --skip_file_re '^(index|00_tour)'
-	$(PAGES) --folder_re 'nbs/run$$' --skip_file_re '^(index|00_tour)'
-	$(PAGES) --folder_re 'nbs/safe$$' --skip_file_re '^(index|00_tour)'
+	$(PAGES)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: install

@@ -1,8 +1,4 @@
-"""The commands as a user types them, in processes of their own.
-
-Starting Python and importing torch costs more than what is tested, so only the sweep starts anew. The other commands
-are children of one process that has everything imported and has done nothing yet. They have their own output, their
-own signals and their own exit code."""
+"""The commands as a user types them, in processes of their own: the sweep starts anew, the others are forked."""
 import json
 import os
 import signal
@@ -12,6 +8,7 @@ import time
 from pathlib import Path
 import pytest
 from moe_merge_nb.safe.checkpoint import read_tree
+from toys import begin, end
 
 TINY = [
     'stream=toy',
@@ -29,7 +26,7 @@ SWEEP = [
     'merge.every=1',
     'merge.until=1',
     'hydra/launcher=processes',
-    'hydra.launcher.n_jobs=2',
+    'hydra.launcher.n_jobs=1',
     'hydra.sweep.dir=sweep',
     'hydra.sweep.subdir=${hydra.job.num}',
 ]
@@ -45,51 +42,7 @@ def task_arithmetic(states, counts, base):
     return {n: base[n] + 0.5 * sum(s[n] - base[n] for s in states) for n in base}
 '''
 
-SERVER = '''
-import json, os, sys
-from moe_merge_nb.run import cli, command
-for line in sys.stdin:
-    what, value, cwd = json.loads(line)
-    if what == 'wait': print(os.waitstatus_to_exitcode(os.waitpid(value, 0)[1]), flush=True)
-    elif pid := os.fork(): print(pid, flush=True)
-    else:
-        os.chdir(cwd)
-        for fd, name in ((0, os.devnull), (1, 'out.txt'), (2, 'err.txt')):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
-        sys.argv = ['moe-merge', *value]
-        sys.exit(cli.main())
-'''
-
-class Server:
-    "One process that has everything imported; it starts commands and waits for them."
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, *question):
-        self.process.stdin.write(json.dumps(question) + '\n')
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, args, cwd):
-        "`moe-merge` with these arguments in a directory: its process id."
-        return self.ask('start', args, str(cwd))
-
-    def wait(self, pid):
-        "The exit code of a process."
-        return self.ask('wait', pid, '')
-
-    def end(self):
-        self.process.stdin.close()
-        self.process.wait(60)
-
-@pytest.fixture(scope='module')
-def server():
-    s = Server()
-    yield s
-    s.end()
-
-def test_a_sweep_runs_every_combination_side_by_side_and_finds_a_rule_of_ones_own(tmp_path):
+def test_a_sweep_runs_every_combination_and_finds_a_rule_of_ones_own(tmp_path):
     (tmp_path/'my_rules.py').write_text(RULE)
     command = [str(Path(sys.executable).with_name('moe-merge')), '-m', *TINY, *SWEEP]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
@@ -101,8 +54,8 @@ def test_a_sweep_runs_every_combination_side_by_side_and_finds_a_rule_of_ones_ow
     assert all(e.count('"merge"') > 0 for e in events)
 
 @pytest.mark.parametrize('bad, says', BAD)
-def test_bad_settings_end_with_one_message_and_leave_nothing(server, tmp_path, bad, says):
-    code = server.wait(server.start([*TINY, bad], tmp_path))
+def test_bad_settings_end_with_one_message_and_leave_nothing(tmp_path, bad, says):
+    code = end(begin([*TINY, bad], tmp_path))
     said = (tmp_path/'err.txt').read_text()
     assert code != 0
     assert says in said and 'Traceback' not in said
@@ -118,25 +71,25 @@ def saved(run):
     if 'task' in snapshot: return tree['done'], snapshot['task']['iteration']
     return tree['done'], 40 if snapshot else 0
 
-def interrupted(server, cwd, args, number):
+def interrupted(cwd, args, number):
     "Start the command, and end it with this signal when more is saved than before; its exit code."
     before, until = saved(cwd/'run'), time.time() + 300
-    pid = server.start(args, cwd)
+    pid = begin(args, cwd)
     while saved(cwd/'run') <= before:
         assert time.time() < until
         time.sleep(.1)
     os.kill(pid, number)
-    return server.wait(pid)
+    return end(pid)
 
-def test_ctrl_c_and_sigterm_end_a_run_with_130_and_143_and_the_same_command_goes_on(server, tmp_path):
+def test_ctrl_c_and_sigterm_end_a_run_with_130_and_143_and_the_same_command_goes_on(tmp_path):
     args, run = [*TINY, *LONG], tmp_path/'run'
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         before = saved(run)
-        assert interrupted(server, tmp_path, args, number) == code
+        assert interrupted(tmp_path, args, number) == code
         said = (tmp_path/'err.txt').read_text()
         assert 'the same command goes on from' in said and 'Traceback' not in said
         assert not (run/'.lock.owner').exists()
         assert saved(run) > before
-    assert server.wait(server.start(args, tmp_path)) == 0
+    assert end(begin(args, tmp_path)) == 0
     assert len((run/'matrix.csv').read_text().splitlines()) == 1 + 2 * 2
     assert not list(run.glob('checkpoint*'))

@@ -1,8 +1,4 @@
 """A finished run learns further tasks: what comes out is what learning all of them at once would have given."""
-import os
-import signal
-import sys
-import time
 import unicodedata
 from dataclasses import replace
 from functools import cache
@@ -24,7 +20,6 @@ from moe_merge_nb.learn.results import accuracy_matrix, summary
 from moe_merge_nb.learn.saved import load_result, save_result
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.merge.rule import Merge
-from moe_merge_nb.run import cli
 from moe_merge_nb.run.classify import load_classifier
 from moe_merge_nb.run.extending import extend, extend_job
 from moe_merge_nb.run.job import UsageError, job
@@ -33,6 +28,7 @@ from moe_merge_nb.run.reproduce import again, stream_of
 from moe_merge_nb.run.runs import load_runs
 from moe_merge_nb.run.share import load
 from moe_merge_nb.streams.tasks import first, toy_stream
+from toys import begin, end, killed
 
 STREAM = toy_stream(n_tasks=5, n_train=8, n_test=4)
 NEW = replace(STREAM, tasks=STREAM.tasks[3:])
@@ -287,31 +283,14 @@ LEARN = [
 MORE = [
     'extend=run', 'old=true', 'save_every=2', 'stream=mini', 'order=[MNIST]', 'stream.n_train=20', 'stream.n_test=4']
 
-def command(arguments):
-    "`moe-merge` in a forked process: its number."
-    pid = os.fork()
-    if pid: return pid
-    code = 1
-    try:
-        for fd in (1, 2): os.dup2(os.open('out.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-        sys.argv = ['moe-merge', *arguments]
-        cli.main()
-        code = 0
-    except SystemExit as e: os.write(2, f'{e}\n'.encode())
-    finally: os._exit(code)
-
 def test_killed_while_it_extends_a_drawn_stream_it_ends_as_if_undisturbed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     how = ['selectors=[oracle]', 'model=random', f'stream.cache={tmp_path}/cache']
-    assert end(command([*LEARN, *how[:2], 'hydra.run.dir=run'])) == 0, Path('out.txt').read_text()
+    assert end(begin([*LEARN, *how[:2], 'hydra.run.dir=run'])) == 0, Path('err.txt').read_text()
     more = [*MORE, how[2]]
-    assert end(command([*more, 'hydra.run.dir=whole'])) == 0, Path('out.txt').read_text()
-    pid = command([*more, 'hydra.run.dir=killed'])
-    while not Path('killed/checkpoint.safetensors').is_file(): time.sleep(.002)
-    os.kill(pid, signal.SIGKILL)
-    assert end(pid) == -signal.SIGKILL
-    assert end(command([*more, 'hydra.run.dir=killed'])) == 0, Path('out.txt').read_text()
+    assert end(begin([*more, 'hydra.run.dir=whole'])) == 0, Path('err.txt').read_text()
+    assert killed(begin([*more, 'hydra.run.dir=killed']), 'killed/checkpoint.safetensors')
+    assert end(begin([*more, 'hydra.run.dir=killed'])) == 0, Path('err.txt').read_text()
     for name in ('matrix.csv', 'events.jsonl', 'usage.csv', 'adapters.safetensors'):
         assert Path('whole', name).read_bytes() == Path('killed', name).read_bytes(), name
     matrix = load_result('whole').matrix

@@ -16,13 +16,13 @@ precision, whose differences are printed (pytest -rP)."""
 import copy
 from dataclasses import dataclass
 from functools import partial
+import open_clip
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 from moe_merge_nb.clip import encode
-from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.adapt import AdaptedCLIP, n_adapter_parameters, widths
 from moe_merge_nb.layer.moe import MoE, mixture
 
@@ -101,12 +101,16 @@ def spread(name, p):
     if p.ndim == 1: return 0.3
     return 2 * p.shape[0]**-0.5 if 'routers' in name else 1.5 * p.shape[1]**-0.5
 
-def random_model():
-    "Widths, heads, tokens, experts and ranks of ViT-B/16, two blocks per tower, weights of the size trained ones have."
+def towers(vocabulary=49408):
+    "ViT-B/16 with two of its twelve blocks per tower, and random weights."
     torch.manual_seed(0)
     vision = CLIPVisionCfg(image_size=224, patch_size=16, width=768, layers=2, head_width=64)
-    text = CLIPTextCfg(vocab_size=1000, width=512, heads=8, layers=2)
-    clip = CLIP(512, vision, text, quick_gelu=True)
+    text = CLIPTextCfg(vocab_size=vocabulary, width=512, heads=8, layers=2)
+    return CLIP(512, vision, text, quick_gelu=True).eval().requires_grad_(False)
+
+def random_model():
+    "Widths, heads, tokens, experts and ranks of ViT-B/16, two blocks per tower, weights of the size trained ones have."
+    clip = towers(1000).train()
     model = AdaptedCLIP(clip, n_experts=E, rank=R, top_k=K, scale=S, dropout=P)
     for _ in range(2): model.add_task()
     for name, p in model.clip.named_parameters():
@@ -295,7 +299,7 @@ def n_parameters(model):
 
 @torch.no_grad()
 def test_switched_off_it_is_open_clip_bit_for_bit():
-    clip, tokenizer = load_clip('ViT-B-16-quickgelu', 'random')
+    clip, tokenizer = towers(), open_clip.get_tokenizer('ViT-B-16-quickgelu')
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     short = tokenizer(['a photo of a cat.', 'a photo of a very small dog.'])
     full = torch.randint(1, 49406, (2, 77), generator=torch.Generator().manual_seed(0))
@@ -315,4 +319,4 @@ def test_switched_off_it_is_open_clip_bit_for_bit():
     assert not torch.equal(model.encode_text(full, 0), before[1])
     assert torch.equal(model.encode_image(images), before[0])  # and off again
     told = n_adapter_parameters(widths(model.clip), model.settings, 11)
-    assert n_parameters(model) == told == {'experts': 43_625_472, 'routers': 7_434_240}
+    assert n_parameters(model) == told == {'experts': 43_625_472 // 6, 'routers': 7_434_240 // 6}  # of 12 blocks

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import cache
 import pytest, torch
 from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
@@ -39,6 +40,10 @@ def shortened(m, iterations, **kw):
 def learned(method=None, n_tasks=2, seed=0, **kw):
     "What a method makes of the toy stream."
     return loop.run(toy_stream(n_tasks), method or small(), seed, backbone, progress=False, **kw)
+@cache
+def undisturbed():
+    "The small method's run."
+    return learned()
 def plainly(name, tune, **kw):
     "A method without adapters."
     return Method(name, tune=tune, experts=None, selectors=('none',), **kw)
@@ -118,7 +123,7 @@ def test_zero_shot_is_the_same_row_every_time():
 
 def test_with_the_oracle_unseen_tasks_are_at_zero_shot_level_exactly():
     zero = learned(plainly('zero_shot', 'nothing'))
-    A = accuracy_matrix(learned(), 'oracle')
+    A = accuracy_matrix(undisturbed(), 'oracle')
     assert A[0, 1] == accuracy_matrix(zero, 'none')[0, 1]
 
 
@@ -171,7 +176,7 @@ def test_every_method_goes_on_in_the_middle_of_a_task():
 
 def test_asked_to_end_in_evaluation_a_run_ends_at_once_and_does_not_train_again():
     import os, signal, tempfile
-    straight = learned()
+    straight = undisturbed()
     def interrupted(*args, **kw):
         os.kill(os.getpid(), signal.SIGTERM)
         assert False, 'it went on'
@@ -195,7 +200,7 @@ def test_a_finished_run_is_read_and_not_done_again():
 
 def test_both_label_spaces_are_evaluated_and_belong_to_the_run():
     import json, tempfile
-    both, plain = small(classes=('task', 'all')), learned()
+    both, plain = small(classes=('task', 'all')), undisturbed()
     with tempfile.TemporaryDirectory() as d:
         r = learned(both, directory=d)
         with never_begun(): same(learned(both, directory=d), r)
@@ -220,7 +225,7 @@ def test_a_checkpoint_of_other_settings_is_not_continued_and_not_lost():
 
 def test_a_damaged_checkpoint_costs_some_iterations_and_nothing_else():
     import tempfile
-    straight = learned()
+    straight = undisturbed()
     says = 'checkpoint.safetensors is no checkpoint, or damaged.*checkpoint.before.safetensors'
     for ruin in (lambda b: b[:-9], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]):
         with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
@@ -233,7 +238,7 @@ def test_a_damaged_checkpoint_costs_some_iterations_and_nothing_else():
 
 def test_the_disk_is_full_in_the_middle_and_the_run_goes_on_later():
     import errno, os, tempfile
-    straight, real = learned(), os.fsync
+    straight, real = undisturbed(), os.fsync
     def runs_full(n):
         "A disk on which `n` writes succeed."
         left = [n]
@@ -260,7 +265,7 @@ def test_a_directory_that_cannot_be_written_to_is_found_out_before_training():
 def test_a_run_directory_that_vanishes_is_made_again():
     import shutil, tempfile
     with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', lambda: shutil.rmtree(f'{d}/run')):
-        same(learned(directory=f'{d}/run', save_every=2), learned())
+        same(learned(directory=f'{d}/run', save_every=2), undisturbed())
         assert load_result(f'{d}/run').matrix.after.nunique() == 2
 
 
@@ -281,7 +286,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_state_before_it():
     with tempfile.TemporaryDirectory() as d:
         with joined(Explode(float('nan'))), pytest.raises(FloatingPointError, match=says): learned(directory=d)
         assert iteration_saved(d) == 5
-        with joined(Explode(0.)): same(learned(directory=d), learned())
+        with joined(Explode(0.)): same(learned(directory=d), undisturbed())
 
 
 def test_a_callback_of_ones_own_is_continued_from_the_beginning_of_its_task():
@@ -343,7 +348,7 @@ def test_with_and_without_a_cache_the_matrix_is_the_same():
 def test_every_method_of_the_configuration_learns_the_toy_stream():
     from moe_merge_nb.baselines.methods import METHODS
     for m in METHODS.values():
-        short = shortened(m, 15, selectors=m.selectors[:2])
+        short = shortened(m, 3, selectors=m.selectors[:2], merge=m.merge and Merge(every=2))
         if m.name == 'zscl': short = replace(short, baseline=replace(m.baseline, n=64, batch=8))
         r = learned(short)
         assert accuracy_matrix(r, m.selectors[0]).shape == (2, 2), m.name

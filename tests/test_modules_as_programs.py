@@ -1,11 +1,14 @@
-"""`python -m MODULE` does what the script of the same entry does. One process imports everything once; each program is
-a child of it, so that a dozen cost little more than one."""
-import json
-import subprocess
+"""`python -m MODULE` does what the script of the same entry does. Everything is imported once; each program is a
+forked process, so that a dozen cost little more than one."""
+import importlib
+import os
+import runpy
 import sys
+import warnings
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
+from hydra.core.plugins import Plugins
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
@@ -20,35 +23,33 @@ MODULES = {
     'moe_merge_nb.run.app': 'moe-merge-app'}
 ARGUMENTS = {'moe-merge': ['--cfg', 'job']}  # Hydra's own --help takes five seconds; this is what it is made of
 
-SERVER = '''
-import importlib, json, os, runpy, sys
-from hydra.core.plugins import Plugins
-for name in json.loads(sys.argv[1]): importlib.import_module(name)
-Plugins.instance()
 
 def program(how, what, arguments):
+    "What a module or a script does in this process."
     sys.argv = ['program', *arguments]
     if how == 'module': return runpy.run_module(what, run_name='__main__', alter_sys=True)
     name, function = what.split(':')
     sys.exit(getattr(importlib.import_module(name), function)())
 
-for line in sys.stdin:
+def answers(how, what, arguments):
+    "The exit code of a module or a script, and what it prints; 77: it ended without an exit code, so it has not run."
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
-        os.dup2(write, 1)
-        code = None
-        try: program(*json.loads(line))
+        code = 1
+        try:
+            os.dup2(write, 1)
+            sys.stdout = os.fdopen(1, 'w', closefd=False)
+            warnings.simplefilter('ignore')
+            program(how, what, arguments)
+            code = 77
         except SystemExit as e: code = e.code or 0
-        sys.stdout.flush()
-        os._exit(77 if code is None else code)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
     os.close(write)
     with os.fdopen(read) as f: said = f.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    print(json.dumps([code, said]), flush=True)
-'''
-# 77: it ended without an exit code, that is, without having run
-
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said]
 
 def scripts():
     "Script -> module:function, as they are installed."
@@ -57,19 +58,12 @@ def scripts():
     return dict(s.split('=') for s in ini['DEFAULT']['console_scripts'].split())
 
 
-@pytest.fixture(scope='module')
-def answers():
-    "Answers with the exit code of a module or a script, and what it prints."
-    names = [m for m in MODULES if m != 'moe_merge_nb']
-    start = [sys.executable, '-W', 'ignore', '-c', SERVER, json.dumps(names)]
-    s = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    def ask(how, what, arguments):
-        s.stdin.write(json.dumps([how, what, arguments]) + '\n')
-        s.stdin.flush()
-        return json.loads(s.stdout.readline())
-    yield ask
-    s.stdin.close()
-    s.wait(60)
+@pytest.fixture(scope='module', autouse=True)
+def imported():
+    "Everything, once."
+    for name in MODULES:
+        if name != 'moe_merge_nb': importlib.import_module(name)
+    Plugins.instance()
 
 
 def test_every_script_has_its_module():
@@ -79,7 +73,7 @@ def test_every_script_has_its_module():
 
 
 @pytest.mark.parametrize('module', MODULES)
-def test_a_module_prints_what_its_script_prints(answers, module):
+def test_a_module_prints_what_its_script_prints(module):
     script = MODULES[module]
     arguments = ARGUMENTS.get(script, ['--help'])
     code, said = answers('module', module, arguments)

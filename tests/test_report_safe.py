@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 import mistune
@@ -51,6 +52,7 @@ class Structure(HTMLParser):
     def handle_data(self, data): self.text += data
     def handle_comment(self, data): self.elements.append(('comment', data))
 
+@cache
 def shown_with(name):
     "A page with this name in every kind of output."
     table = pd.DataFrame({name: [name, 'x']}, pd.MultiIndex.from_tuples([(name, name), ('a', 'b')], names=[name, 'n']))

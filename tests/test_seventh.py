@@ -10,7 +10,7 @@ from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.layer.tried import try_out
 from moe_merge_nb.learn.saved import load_result
 from moe_merge_nb.run.share import load, save
-from test_own_parts import LEFT, begin, end, killed
+from toys import SMALL, ends_alike, whole_and_killed
 
 FILE = '''
 import torch
@@ -53,9 +53,8 @@ def test_its_parts_pass_the_trial(here):
     try_out(Experts(n_experts=4, rank=2, router='my_slots.Slots', gate='my_slots.every', mix='my_slots.soft'))
 
 def test_it_is_trained_killed_resumed_merged_and_shared(here):
-    assert end(begin(SOFT, 'whole')) == 0, (here/'out.txt').read_text()
-    assert killed(SOFT, 'killed', here)
-    for name in LEFT: assert (here/'whole'/name).read_bytes() == (here/'killed'/name).read_bytes(), name
+    whole_and_killed([*SMALL, *SOFT])
+    ends_alike()
     result = load_result('whole')
     assert sorted(result.config['sources']) == ['my_slots.Slots', 'my_slots.every', 'my_slots.soft']
     assert any(e['kind'] == 'merge' for e in result.events)

@@ -12,8 +12,7 @@ from moe_merge_nb.select.select import Latest, Oracle
 from moe_merge_nb.strategies.afterwards import held_out, views
 from moe_merge_nb.strategies.contrast import Contrast, Random, Rank, Top, contrasted, contrasts, divergence
 from moe_merge_nb.streams.tasks import toy_stream
-from test_own_parts import SMALL
-from toys import toy_model
+from toys import SMALL, toy_model
 
 CASES = {'4': {}, '1': dict(n_experts=1, top_k=1), 'shared': dict(shared_blocks=2)}
 

@@ -2,20 +2,17 @@
 again, kept like a run and brought back."""
 import json
 import os
-import signal
-import sys
-import time
 from pathlib import Path
 import pandas as pd
 import pytest
 import torch
 from moe_merge_nb.learn.saved import load_result
-from moe_merge_nb.run import cli
 from moe_merge_nb.run.afterwards import predict_with
 from moe_merge_nb.run.job import job
 from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.runs import load_all
 from moe_merge_nb.strategies.afterwards import strategy_in
+from toys import begin, end, killed
 
 SMALL = [
     'method=moe', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=12', 'train.warmup=2',
@@ -33,22 +30,6 @@ def here(tmp_path_factory):
     yield d
     os.chdir(before)
 
-def begin(arguments):
-    "`moe-merge` in a forked process: its number."
-    pid = os.fork()
-    if pid: return pid
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        for fd in (1, 2): os.dup2(os.open('out.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-        sys.argv = ['moe-merge', 'from=run', 'threads=1', *arguments]
-        cli.main()
-        code = 0
-    except SystemExit as e: os.write(2, f'{e}\n'.encode())
-    finally: os._exit(code)
-
-def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
 @pytest.mark.parametrize('name', OPTIONS)
 def test_it_is_kept_reported_and_brought_back(here, name):
     found = predict_with('run', name, f'kept-{name}', options=OPTIONS[name], progress=False)
@@ -64,13 +45,10 @@ def test_it_is_kept_reported_and_brought_back(here, name):
 @pytest.mark.parametrize('name', OPTIONS)
 def test_the_command_killed_and_begun_again_gives_what_python_gives(here, name):
     said = ','.join(f'{k}:{v}' for k, v in OPTIONS[name].items())
-    line = [f'predict={name}', f'predict_options={{{said}}}', f'hydra.run.dir=line-{name}']
-    pid = begin(line)
-    while not Path(f'line-{name}').is_dir() and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        time.sleep(.005)
-    os.kill(pid, signal.SIGKILL)
-    assert end(pid) == -signal.SIGKILL and not Path(f'line-{name}/sha256.json').exists()
-    assert end(begin(line)) == 0, Path('out.txt').read_text()
+    line = ['from=run', 'threads=1', f'predict={name}', f'predict_options={{{said}}}', f'hydra.run.dir=line-{name}']
+    assert killed(begin(line), f'line-{name}')
+    assert not Path(f'line-{name}/sha256.json').exists()
+    assert end(begin(line)) == 0, Path('err.txt').read_text()
     predict_with('run', name, f'python-{name}', options=OPTIONS[name], progress=False)
     for file in KEPT: assert Path(f'line-{name}', file).read_bytes() == Path(f'python-{name}', file).read_bytes(), file
 

@@ -13,8 +13,7 @@ from moe_merge_nb.merge.rule import rewrite_column
 from moe_merge_nb.rewrites.bank import bank
 from moe_merge_nb.run.share import load, save
 from moe_merge_nb.variants.chain import CASES, CHAIN, ChainRouter
-from test_own_parts import LEFT, begin, end, killed
-from toys import toy_model
+from toys import SMALL, ends_alike, toy_model, whole_and_killed
 
 
 def layer(**how):
@@ -146,9 +145,8 @@ def test_a_chain_merges_and_is_saved_killed_resumed_and_shared(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     chosen = ['experts.router=chain', 'experts.mix=chain', 'experts.gate=raw_top_k', 'experts.top_k=1']
     chosen.append('selectors=[oracle]')
-    assert end(begin(chosen, 'whole')) == 0, (tmp_path/'out.txt').read_text()
-    assert killed(chosen, 'killed', tmp_path)
-    for name in LEFT: assert (tmp_path/'whole'/name).read_bytes() == (tmp_path/'killed'/name).read_bytes(), name
+    whole_and_killed([*SMALL, *chosen])
+    ends_alike()
     assert any(e['kind'] == 'merge' for e in load_result('whole').events)
     model, x = load('whole').model, torch.randn(2, 3, 32, 32)
     assert type(model.moes[0].routers[1]) is ChainRouter

@@ -3,7 +3,6 @@ with."""
 import copy
 import pytest
 import torch
-import test_own_parts
 from moe_merge_nb.baselines.methods import method
 from moe_merge_nb.layer.experts import EXPERTS, Expert, algebra_of, read, write
 from moe_merge_nb.layer.kinds import Experts
@@ -17,8 +16,7 @@ from moe_merge_nb.run.share import load, save
 from moe_merge_nb.streams.tasks import toy_stream
 from moe_merge_nb.variants.compressed import (
     CompressedExpert, VectorsOnly, main_gates, mix_main_and_aux, shares, vectors)
-from test_own_parts import LEFT, begin, end, killed
-from toys import toy_model
+from toys import ends_alike, toy_model, whole_and_killed
 
 PARTS = dict(expert='compressed', mix='main_and_aux', top_k=4)
 
@@ -174,13 +172,10 @@ def runs(tmp_path_factory):
     here = tmp_path_factory.mktemp('compressed')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        patch.setattr(test_own_parts, 'SMALL', SMALL)
-        assert end(begin([], 'whole')) == 0, (here/'out.txt').read_text()
-        assert killed([], 'killed', here)
+        whole_and_killed(SMALL)
     return here
 
-def test_a_killed_run_ends_as_if_nothing_had_happened(runs):
-    for name in LEFT: assert (runs/'whole'/name).read_bytes() == (runs/'killed'/name).read_bytes(), name
+def test_a_killed_run_ends_as_if_nothing_had_happened(runs): ends_alike(runs)
 
 def test_vectors_are_frozen_with_their_expert(runs):
     result, model = load_result(runs/'whole'), load(runs/'whole').model

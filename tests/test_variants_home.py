@@ -3,7 +3,6 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-import test_own_parts
 from moe_merge_nb.baselines.methods import method
 from moe_merge_nb.layer.experts import EXPERTS, algebra_of
 from moe_merge_nb.layer.kinds import Experts
@@ -18,8 +17,7 @@ from moe_merge_nb.streams.tasks import toy_stream
 from moe_merge_nb.variants import home
 from moe_merge_nb.variants.home import Hierarchy, HomeRouter, NormSwish, held_out, measure_scale
 from moe_merge_nb.variants.home import mix_home, open_only, own_experts, self_gates
-from test_own_parts import LEFT, begin, end, killed
-from toys import toy_model
+from toys import ends_alike, toy_model, whole_and_killed
 
 PARTS = dict(expert='norm_swish', router='home', mix='home')
 
@@ -199,13 +197,10 @@ def runs(tmp_path_factory):
     here = tmp_path_factory.mktemp('home')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        patch.setattr(test_own_parts, 'SMALL', SMALL)
-        assert end(begin([], 'whole')) == 0, (here/'out.txt').read_text()
-        assert killed([], 'killed', here)
+        whole_and_killed(SMALL)
     return here
 
-def test_a_killed_run_ends_as_if_nothing_had_happened(runs):
-    for name in LEFT: assert (runs/'whole'/name).read_bytes() == (runs/'killed'/name).read_bytes(), name
+def test_a_killed_run_ends_as_if_nothing_had_happened(runs): ends_alike(runs)
 
 def test_every_task_keeps_to_its_experts(runs):
     usage, model = load_result(runs/'whole').usage, load(runs/'whole').model

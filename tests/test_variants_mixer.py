@@ -15,8 +15,7 @@ from moe_merge_nb.streams.tasks import toy_stream
 from moe_merge_nb.variants import mixer
 from moe_merge_nb.variants.given import Given, all_best_gates, assigned, first_centers, k_means, least_squares, refit
 from moe_merge_nb.variants.mixer import Force, MixER, family, measure_mixer, purity
-from test_own_parts import LEFT, begin, end, killed
-from toys import toy_model
+from toys import SMALL, ends_alike, toy_model, whole_and_killed
 
 GIVEN = dict(n_experts=3, rank=2, top_k=1, router='given', gate='all_best')
 
@@ -148,9 +147,8 @@ def here(tmp_path, monkeypatch):
 
 def test_it_is_trained_killed_resumed_and_shared(here):
     how = ['method=mixer', 'experts.n_experts=3', 'baseline.every=3', 'baseline.images=12', 'selectors=[oracle]']
-    assert end(begin(how, 'whole')) == 0, (here/'out.txt').read_text()
-    assert killed(how, 'killed', here)
-    for name in LEFT: assert (here/'whole'/name).read_bytes() == (here/'killed'/name).read_bytes(), name
+    whole_and_killed([*SMALL, *how])
+    ends_alike()
     model, x = load('whole').model, torch.randn(2, 3, 32, 32)
     assert any(m.routers[1].W.any() for m in model.moes)
     assert {e['kind'] for e in load_result('whole').events} == {'refit'}

@@ -16,8 +16,7 @@ from moe_merge_nb.run.share import load, save
 from moe_merge_nb.streams.tasks import toy_stream
 from moe_merge_nb.variants import survey
 from moe_merge_nb.variants.survey import COMPARED, TAGS, WORDS, Cosine, kinds_of_parts, measure_survey, taxonomy
-from test_own_parts import LEFT, begin, end, killed
-from toys import toy_model
+from toys import SMALL, ends_alike, toy_model, whole_and_killed
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,9 +122,8 @@ def here(tmp_path, monkeypatch):
 
 def test_it_is_trained_killed_resumed_merged_and_shared(here):
     how = ['method=cosine']
-    assert end(begin(how, 'whole')) == 0, (here/'out.txt').read_text()
-    assert killed(how, 'killed', here)
-    for name in LEFT: assert (here/'whole'/name).read_bytes() == (here/'killed'/name).read_bytes(), name
+    whole_and_killed([*SMALL, *how])
+    ends_alike()
     assert any(e['kind'] == 'merge' for e in load_result('whole').events)
     model, x = load('whole').model, torch.randn(2, 3, 32, 32)
     assert isinstance(model.moes[0].routers[1], Cosine)

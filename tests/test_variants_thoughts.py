@@ -15,9 +15,7 @@ from moe_merge_nb.rewrites.bank import bank
 from moe_merge_nb.run.share import load, save
 from moe_merge_nb.variants.thoughts import (
     THOUGHTS, Thoughts, ThoughtsRouter, balance_loss, consistency_loss, entropy_loss, hidden)
-import test_own_parts
-from test_own_parts import LEFT, SMALL, begin, end, killed
-from toys import toy_model
+from toys import SMALL, ends_alike, toy_model, whole_and_killed
 
 
 def layer(new=False, **how):
@@ -140,11 +138,9 @@ def test_what_cannot_be_is_refused_by_name():
 
 def test_the_recipe_is_trained_killed_resumed_and_shared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(test_own_parts, 'SMALL', ['method=thoughts', 'selectors=[oracle]', *SMALL[1:]])
     chosen = ['baseline.entropy=.02']
-    assert end(begin(chosen, 'whole')) == 0, (tmp_path/'out.txt').read_text()
-    assert killed(chosen, 'killed', tmp_path)
-    for name in LEFT: assert (tmp_path/'whole'/name).read_bytes() == (tmp_path/'killed'/name).read_bytes(), name
+    whole_and_killed(['method=thoughts', *SMALL[1:], *chosen])
+    ends_alike()
     assert load_result('whole').config['baseline']['entropy'] == .02
     model, x = load('whole').model, torch.randn(2, 3, 32, 32)
     assert model.moes[0].routers[1].back.weight.any()                           # the interaction has learned

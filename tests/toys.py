@@ -1,7 +1,14 @@
-"""What many tests need: one small adapted CLIP."""
+"""What many tests need: one small adapted CLIP; the command in a process of its own."""
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
 import torch
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.adapt import AdaptedCLIP
+from moe_merge_nb.run import cli, command  # noqa: F401
 
 
 def toy_model(n_tasks=2, seed=0, **kinds):
@@ -15,3 +22,59 @@ def toy_model(n_tasks=2, seed=0, **kinds):
             for e in m.experts: torch.nn.init.normal_(e.up.weight, std=.3)
             for w in m.routers.parameters(): torch.nn.init.normal_(w)
     return model.eval(), tokenizer
+
+
+# ---- the command
+
+SMALL = [
+    'method=moe_merge', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=4', 'train.iterations=8',
+    'train.warmup=2', 'selectors=[oracle]', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2']
+LEFT = ['matrix.csv', 'selection.csv', 'usage.csv', 'fixed.csv', 'events.jsonl', 'adapters.safetensors']
+
+def begin(arguments, cwd='.', out='out.txt', err='err.txt'):
+    """`moe-merge` in a forked process: its number. To start Python and to import torch costs more than what is tested.
+    It has its own output, signals and exit code."""
+    pid = os.fork()
+    if pid: return pid
+    code = 1
+    try:
+        os.chdir(cwd)
+        for fd, name in ((0, os.devnull), (1, out), (2, err)):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND), fd)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), 'w', buffering=1) for fd in (1, 2))
+        torch.set_num_threads(1)
+        sys.argv = ['moe-merge', *arguments]
+        cli.main()
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str): print(e.code, file=sys.stderr)
+    except BaseException: traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr): stream.flush()
+        os._exit(code)
+
+def end(pid):
+    "The exit code of a process, once it has ended."
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def ended(pid):
+    "Has it?"
+    return bool(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+
+def killed(pid, file):
+    "SIGKILL as soon as the process has made a file; was it still at work?"
+    while not Path(file).exists() and not ended(pid): time.sleep(.005)
+    os.kill(pid, signal.SIGKILL)
+    return end(pid) == -signal.SIGKILL
+
+def ends_alike(folder='.'):
+    "Both runs of `whole_and_killed` ended with the same bytes."
+    for name in LEFT: assert Path(folder, 'whole', name).read_bytes() == Path(folder, 'killed', name).read_bytes(), name
+
+def whole_and_killed(arguments):
+    "Two runs, of which one is killed when it has saved something, and goes on."
+    assert end(begin([*arguments, 'hydra.run.dir=whole'])) == 0, Path('err.txt').read_text()
+    again = [*arguments, 'hydra.run.dir=killed']
+    assert killed(begin(again), 'killed/checkpoint.safetensors')
+    assert end(begin(again)) == 0, Path('err.txt').read_text()

@@ -124,8 +124,10 @@ def unpack(
     df = read_file(file, lambda p: by_cell(pd.read_csv(io.StringIO(text_of(p)), **read), uncell))
     missing = {*RUN, 'kind', *COLUMNS, 'value'} - {*df.columns}
     if missing: raise ValueError(f'{file} lacks the columns {sorted(missing)}: it was not written by `pack`')
-    keys, own = list(df.columns[:list(df.columns).index('kind')]), ['kind', *COLUMNS, 'value']
-    def runs(p): return [_unlong(dict(zip(keys, k)), rows) for k, rows in even(df).groupby(keys, sort=False)[own]]
+    keys = list(df.columns[:list(df.columns).index('kind')])
+    def runs(p):
+        groups = even(df).groupby(keys, sort=False)[['kind', *COLUMNS, 'value']]
+        return [_unlong(dict(zip(keys, k)), rows) for k, rows in groups]
     return read_file(file, runs)
 
 # %% ../../nbs/6_learn/16_pack.ipynb #04c9e675

