@@ -1,4 +1,5 @@
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
+from matplotlib.collections import PathCollection
 from matplotlib.colors import rgb_to_hsv, to_rgb
 from moe_merge_nb.study.plots import (
     fixed_counts, plot_confusion, plot_curves, plot_fixed, plot_matrix, plot_merges, plot_usage)
@@ -64,7 +65,8 @@ def test_confusion_outlines_what_is_right():
 def test_the_words_under_a_plot_of_merges_name_the_colours_that_are_drawn():
     r = example_result()
     ax = plot_merges(r.events, r.config['tasks'], 'image')
-    marks = {int(c.get_sizes()[0]): to_rgb(c.get_facecolors()[0]) for c in ax.collections if len(c.get_sizes())}
+    dots = [c for c in ax.collections if isinstance(c, PathCollection)]
+    marks = {int(c.get_sizes()[0]): to_rgb(c.get_facecolor()[0]) for c in dots}
     hues = {size: 360 * rgb_to_hsv(rgb)[0] for size, rgb in marks.items()}
     assert 190 < hues[7] < 250 and 15 < hues[16] < 45                               # blue, orange
     assert 'blue: sources, orange: overwritten' in ax.get_xlabel()
