@@ -2,13 +2,16 @@
 is made with the functions, the model, the words and the images of then; what is there comes back for these only."""
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 import pytest
 import torch
+from PIL import Image
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.learn.plan import check_backbone
 from moe_merge_nb.learn.saved import load_result
-from moe_merge_nb.run.afterwards import predict_with
+from moe_merge_nb.run import predict
+from moe_merge_nb.run.afterwards import predict_job, predict_with
 from moe_merge_nb.run.classify import load_classifier
 from moe_merge_nb.run.extending import extend
 from moe_merge_nb.run.job import job
@@ -16,7 +19,7 @@ from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.reproduce import again
 from moe_merge_nb.run.rewrite import rewrite_run
 from moe_merge_nb.run.share import load
-from moe_merge_nb.run.unlearning import unlearn
+from moe_merge_nb.run.unlearning import unlearn, unlearn_job
 from moe_merge_nb.streams.tasks import Stream, toy_stream
 
 TOY = [
@@ -111,3 +114,41 @@ def test_a_backbone_that_is_given_is_that_of_the_run(here):
             make((clip, turned))
     for b in clip.visual.transformer.resblocks: b.mlp.gelu = torch.nn.ReLU()
     with pytest.raises(ValueError, match='the parts of this backbone'): again(config, (clip, tokenizer))
+
+
+# ---- the command line, in the working directory
+
+OWN = '''
+import torch
+class Last:
+    "The task that was learned last."
+    n_tasks = n_parameters = n_images = 0
+    def fit(self, features, labels=None, texts=None): self.n_tasks += 1
+    def select(self, features, task=None): return torch.full((len(features),), self.n_tasks - 1)
+    def state(self): return dict(n_tasks=self.n_tasks)
+    def restore(self, state): self.n_tasks = state['n_tasks']
+'''
+
+def test_a_selector_of_ones_own_is_found_beside_the_run(here, monkeypatch, capsys):
+    (here/'chosen.py').write_text(OWN)
+    learned('model=random', 'selectors=[chosen.Last]')
+    Image.new('RGB', (32, 32), 'red').save('red.png')
+    sys.modules.pop('chosen')
+    monkeypatch.setattr(sys, 'path', [p for p in sys.path if p != str(here)])
+    assert predict.main(['run', 'red.png', '--quiet']) == 2 and 'trust' in capsys.readouterr().err
+    assert predict.main(['run', 'red.png', '--quiet', '--trust']) == 0
+    assert 'circles' in capsys.readouterr().out
+    sys.modules.pop('chosen')
+
+def test_images_that_have_moved_are_named_by_root(here):
+    for task, colour, split in product(('one', 'two'), ('red', 'blue'), ('train', 'test')):
+        d = here/'images'/task/split/colour
+        d.mkdir(parents=True)
+        for i in range(4): Image.new('RGB', (32, 32), (60*i, 0, 200 if colour == 'blue' else 0)).save(d/f'{i}.png')
+    few = [t for t in TOY if not t.startswith('stream')]
+    job(composed('stream=folder', 'root=images', 'model=random', 'train.workers=0', *few), 'run', False)
+    (here/'images').rename('moved')
+    for make, said in ((predict_job, ['predict=averaged']), (unlearn_job, ['unlearn=two', 'unlearn_options.steps=2'])):
+        line = [*said, 'from=run', 'root=moved']
+        assert len(make(composed(*line), None, line, False).matrix) == 2
+        with pytest.raises(ValueError, match='images'): make(composed(*line[:-1]), None, line[:-1], False)
