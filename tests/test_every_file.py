@@ -19,6 +19,8 @@ from moe_merge_nb.learn.method import Method
 from moe_merge_nb.learn.recover import CHECKPOINT, NotThisRun
 from moe_merge_nb.learn.saved import ADAPTERS, SUMS, load_result
 from moe_merge_nb.learn.settings import Train
+from moe_merge_nb.run.job import UsageError, job
+from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.share import load
 from moe_merge_nb.safe.known import file_digest
 from moe_merge_nb.streams import mini as module
@@ -77,6 +79,23 @@ def test_a_run_with_a_damaged_file_is_not_finished_and_the_file_is_named(how, co
     with pytest.raises(NotThisRun, match=f'{NAMES[how]}.*(run it again|remove the directory)'): learned(copied, 1)
     kept = {p.name for p in copied.iterdir()}
     assert kept <= {p.name for p in (runs/'one').iterdir()}, 'nothing is written'
+
+LINE = (
+    'stream=toy', 'stream.n_tasks=2', 'model=random', 'method=moe', 'train.iterations=2', 'train.warmup=1',
+    'train.batch=4', 'experts.n_experts=4', 'experts.rank=2', 'selectors=[oracle]', 'device=cpu')
+
+@pytest.fixture(scope='module')
+def commanded(tmp_path_factory):
+    "Finished runs of two seeds, as the command line makes them."
+    d = tmp_path_factory.mktemp('commanded')
+    for seed, name in enumerate(('zero', 'one')): job(composed(*LINE, f'seed={seed}'), str(d/name), False)
+    return d
+
+@pytest.mark.parametrize('how', DAMAGES)
+def test_nor_does_the_command_take_it_for_finished(how, commanded, tmp_path):
+    d = Path(shutil.copytree(commanded/'one', tmp_path/'run'))
+    DAMAGES[how](d, commanded)
+    with pytest.raises(UsageError, match=NAMES[how]): job(composed(*LINE, 'seed=1'), str(d), False)
 
 def test_adapters_that_were_asked_for_are_there_or_named(copied, runs):
     assert set(load_result(copied, adapters=True).adapters) == set(load_file(copied/ADAPTERS))

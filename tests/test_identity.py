@@ -92,6 +92,18 @@ def test_a_helper_that_a_rule_imports_counts_and_an_unrelated_file_does_not(here
     after = sources(parts)
     assert [k for k in before if after[k] != before[k]] == ['parts.scale']
 
+def test_imports_by_text_are_followed(here):
+    for name in 'abcd': (here/f'{name}.py').write_text('x = 1\n')
+    (here/'pack').mkdir()
+    (here/'pack'/'one.py').write_text('x = 1\n')
+    (here/'pack'/'two.py').write_text('from importlib import import_module\none = import_module(".one", __package__)\n')
+    (here/'r.py').write_text(
+        'import importlib, pkgutil\nfrom importlib import import_module\nname = "d"\n'
+        'def f(states, counts, before):\n'
+        '    importlib.import_module("a"), __import__("b"), pkgutil.resolve_name("c:x"), import_module("pack.two")\n'
+        '    return importlib.import_module(name)\n')
+    assert own_modules('r') == {'r', 'a', 'b', 'c', 'pack.two', 'pack.one'}          # not d, whose name is computed
+
 def test_packages_and_relative_imports_are_followed(here):
     (here/'pack').mkdir()
     (here/'pack'/'__init__.py').write_text('')

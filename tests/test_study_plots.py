@@ -1,4 +1,6 @@
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
+from matplotlib.collections import PathCollection
+from matplotlib.colors import rgb_to_hsv, to_rgb
 from moe_merge_nb.study.plots import (
     fixed_counts, plot_confusion, plot_curves, plot_fixed, plot_matrix, plot_merges, plot_usage)
 from moe_merge_nb.learn.results import accuracy_matrix, example_result
@@ -57,6 +59,17 @@ def test_confusion_outlines_what_is_right():
     assert [t.get_text() for t in ax.texts if t.get_text()] == ['75', '25', '100']
     assert [p.get_xy() for p in ax.patches] == [(0, 0), (2, 1)] # b is not learned: plain CLIP is right
     with pytest.raises(ValueError, match="after 'b'"): plot_confusion(rows, 's', ['a', 'b'])
+    plt.close('all')
+
+
+def test_the_words_under_a_plot_of_merges_name_the_colours_that_are_drawn():
+    r = example_result()
+    ax = plot_merges(r.events, r.config['tasks'], 'image')
+    dots = [c for c in ax.collections if isinstance(c, PathCollection)]
+    marks = {int(c.get_sizes()[0]): to_rgb(c.get_facecolor()[0]) for c in dots}
+    hues = {size: 360 * rgb_to_hsv(rgb)[0] for size, rgb in marks.items()}
+    assert 190 < hues[7] < 250 and 15 < hues[16] < 45                               # blue, orange
+    assert 'blue: sources, orange: overwritten' in ax.get_xlabel()
     plt.close('all')
 
 
