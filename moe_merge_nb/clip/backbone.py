@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICO', 'OFFLINE', 'MODELS', 'pico_config', 'pico', 'pico_tokenizer', 'cut_off', 'write_weights', 'read_weights',
-           'refuse', 'check_tower', 'towers', 'reachable', 'offline_unless_reachable', 'load_clip']
+           'refuse', 'check_tower', 'towers', 'reachable', 'offline_unless_reachable', 'is_own_model', 'model_sources',
+           'load_clip']
 
 # %% ../../nbs/2_clip/01_backbone.ipynb #e5c0373b
 import json
@@ -26,7 +27,7 @@ from open_clip.factory import resize_pos_embed, resize_text_pos_embed
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-from ..safe.doors import resolve
+from ..safe.doors import resolve, sources
 from ..safe.files import replacing
 from .hf import load_hf
 from .weights import plain_state, read_checkpoint
@@ -174,6 +175,14 @@ def _open_clip(name, pretrained, seed):
     except ImportError as e: refuse(f'the tokenizer of {name} needs a package: pip install {e.name}')
 
 # %% ../../nbs/2_clip/01_backbone.ipynb #9f505f62
+def is_own_model(name:str)->bool:
+    "Is this 'package.module.function', of one's own?"
+    return '.' in name and name not in open_clip.list_models()
+
+def model_sources(name:str)->dict[str, str]: # see `sources`; empty for other models
+    "What the files of a model function of one's own hold."
+    return sources({'model': (name, MODELS)}) if is_own_model(name) else {}
+
 def load_clip(
     name:str='pico', # 'pico', an open_clip model whose towers are transformers, 'hf', or 'package.module.function'
     pretrained:str|None=None, # None: pico's own; 'random'; a file; a tag of open_clip ('openai'); of hf, a path or name
@@ -185,7 +194,7 @@ def load_clip(
         weights = PICO/'model.safetensors' if pretrained is None else pretrained
         if pretrained != 'random': read_weights(model, weights)
     elif name == 'hf': model, tokenizer = load_hf(pretrained)
-    elif '.' in name and name not in open_clip.list_models(): model, tokenizer = resolve(name, MODELS, 'model')()
+    elif is_own_model(name): model, tokenizer = resolve(name, MODELS, 'model')()
     else: model, tokenizer = _open_clip(name, pretrained, seed)
     towers(model) # refuses what is no transformer
     return model.float().eval().requires_grad_(False), tokenizer

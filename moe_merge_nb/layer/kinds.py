@@ -44,6 +44,7 @@ class Experts:
     expert:str|Callable = 'relu' # in `EXPERTS`
     router:str|Callable = 'noisy' # in `ROUTERS`
     mix:str|Callable = 'once' # how experts are combined: in `MIXES`
+    sharded:bool = setting(False, flag) # several processes: each keeps its part of the experts only, with their moments
     options:dict[str, dict] = field(default_factory=dict, metadata=dict(rule=known_options)) # kind -> further arguments
 
     def __post_init__(self):

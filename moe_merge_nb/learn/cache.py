@@ -45,13 +45,15 @@ def versions(model:AdaptedCLIP)->Versions:
     experts, routers = {}, {}
     for tower in ('image', 'text'):
         moes = [m for m in model.moes if m.tower == tower]
-        experts[tower] = [content(e) for m in moes for e in m.experts]
+        experts[tower] = []
+        for m in moes:
+            with m.store.at_hand(m): experts[tower] += map(content, m.experts)
         routers[tower] = [content([m.routers[s] for m in moes]) for s in range(model.n_tasks)]
     return Versions(rest_of(model), experts, routers)
 
 def rest_of(model:AdaptedCLIP)->bytes:
     "The version of all but experts and routers, and of the arithmetic that is switched on."
-    layers = [held(m, without=('experts', 'routers', 'frozen')) for m in model.moes]
+    layers = [held(m, without=('experts', 'routers', 'frozen', 'store')) for m in model.moes]
     sizes, device = [len(m.experts) for m in model.moes], model.logit_scale.device.type
     low = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.get_default_dtype()
     return content(held(model, without=('moes', 'n_tasks')), layers, sizes, low)

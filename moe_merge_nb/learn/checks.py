@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from ..clip.backbone import cut_off, towers
 from ..layer.kinds import make_router
+from ..layer.moe import store_kind
 from ..layer.tried import try_out
 from .method import Method
 from .sanity import check_backbone
@@ -108,6 +109,7 @@ def check_kinds(method:Method):
     "ValueError where experts, router, gate or mix do not do what they must, or cannot do what a rule asks of them."
     if not method.experts.n_experts: return
     try_out(method.experts)
+    store_kind(method.experts).check(method)
     if method.merge: check_rule(method.merge, method.experts)
     settles = method.freeze and method.freeze.settle is not None
     if settles and not hasattr(make_router(method.experts, 8), 'closed'):

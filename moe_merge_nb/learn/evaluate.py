@@ -243,6 +243,7 @@ def evaluate(
     bar = partial(tqdm, desc=f'evaluate after {after}', delay=2, leave=False, disable=not progress)
     how = dict(predict=predict, classes=classes, accelerator=accelerator, bar=bar)
     counts = count_all(encoder, stream, selectors, **how)
+    model.store.done()
     model.train(training)
     passes = total(torch.tensor([encoder.passes[k] for k in PASSES]), accelerator).tolist()
     counts, passes = total(counts, accelerator), dict(zip(PASSES, passes))

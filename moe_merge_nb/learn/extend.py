@@ -17,7 +17,7 @@ from .loop import carried_out, checked
 from .checks import (
     check_enough, check_images, check_kinds, check_model, check_own, check_words, freezes)
 from .method import Method, build
-from .plan import planned
+from .plan import check_backbone, planned
 from .recover import differences
 from .results import Result
 from ..merge.rule import check_possible
@@ -166,6 +166,7 @@ def extend_known(
     **how, # save_every, progress, cache_mb, begin
 )->Result: # its rows are those of the new tasks, over the tasks whose test images are there
     "Learn further tasks after those that are known."
+    check_backbone(known.config, *backbone)
     n, accelerator, every = add or 0, checked(accelerator or Accelerator()), joined(known, stream, old)
     check_room(known, add)
     method = replace(method, experts=replace(method.experts, n_experts=method.experts.n_experts + n))

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from ..clip.backbone import load_clip
+from ..layer.moe import store_kind
 from .cache import Cache
 from .views import make_strategy, row_name
 from .evaluate import Evaluation, evaluate
@@ -30,7 +31,7 @@ from .results import Result
 
 # %% ../../nbs/6_learn/22_loop.ipynb #65173a3e
 from .sanity import check_counts, check_features, check_matrix, check_merges, check_weights
-from .state import Run, finished, restore, start
+from .state import Run, finished, gathered, restore, start
 from .learner import Callback, Learner, overrides
 from .train import train_task
 from ..merge.usage import usage_rows
@@ -161,7 +162,7 @@ def tasks_left(r:Run)->Result:
         while r.done < len(r.stream):
             one_task(r, watching)
             save_point(r)
-    return finished(r)
+    with gathered(r): return finished(r)
 
 # %% ../../nbs/6_learn/22_loop.ipynb #482ccd42
 def checked(accelerator:Accelerator)->Accelerator:
@@ -197,6 +198,7 @@ def carried_out(
         r = start(stream, method, seed, (clip, tokenizer), **kept)
         if found.checkpoint: continue_from(r, found.checkpoint)
         elif first: restore(r, first)
+        if method.experts: store_kind(method.experts).keep(r.model, accelerator)
         if begin: begin(plan)
         return tasks_left(r)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from accelerate import Accelerator
 from .results import Result, after, evaluated
 from .saved import load_result, save_result
-from .state import Run, finished, restore, state, with_adapters
+from .state import Run, finished, gathered, restore, state, with_adapters
 from .learner import Callback, Learner
 from .train import snapshot
 from ..safe.checkpoint import other, read_newest, remove, write_newest
@@ -51,7 +51,9 @@ def save_point(
     middle:bool=False, # of a task: the result has not changed
 ):
     "Save the run as it is; then, if it was asked to end, Stopped."
-    if r.directory and r.accelerator.is_main_process: save(r, middle)
+    if r.directory:
+        with gathered(r) as first:
+            if first: save(r, middle)
     r.accelerator.wait_for_everyone()
     task = r.done + (r.snapshot is not None)
     r.stop.check(f'stopped in task {task} of {len(r.stream)}; the same command goes on from {r.directory}')

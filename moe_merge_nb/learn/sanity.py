@@ -20,6 +20,7 @@ from ..layer.mix import route_once
 from ..layer.router import top_k_gates
 from .learner import Learner
 from ..safe.batches import drawing
+from ..safe.devices import has_memory
 
 # %% ../../nbs/6_learn/17_sanity.ipynb #af8fa1bf
 def selections(moe:MoE)->int|None: # None: it cannot be known
@@ -58,7 +59,7 @@ class NotANumber(ValueError, FloatingPointError):
 
 def bad_tensors(module:nn.Module)->list[str]: # their names
     "Parameters with NaN or infinity, and buffers with NaN (a mask may be infinite)."
-    parameters = [name for name, w in module.named_parameters() if not w.isfinite().all()]
+    parameters = [name for name, w in module.named_parameters() if has_memory(w) and not w.isfinite().all()]
     return parameters + [name for name, b in module.named_buffers() if b.isnan().any()]
 
 def check_weights(

@@ -20,7 +20,7 @@ from .loss import backward_prompts, encode_prompts, routing_loss, total_loss
 from .sanity import at_fault
 from .settings import Train, lr_factor
 from ..safe.batches import Batches, batch_indices, loader
-from ..safe.devices import alone, average_gradients, noise_of_the_whole, split_batches
+from ..safe.devices import alone, noise_of_the_whole, split_batches
 from ..streams.tasks import Task, prompts
 
 # %% ../../nbs/6_learn/04_train.ipynb #961539da
@@ -44,7 +44,7 @@ def step(
         total, learner.features, learner.logits = total + loss.detach(), None, None
     backward_prompts(texts, learner.texts.grad, [scaler.scale(loss) for loss in added])
     learner.texts = None
-    average_gradients(learner.optimizer, learner.accelerator)
+    learner.model.store.average(learner.optimizer, learner.accelerator)
     learner.loss = float(total)
     if not math.isfinite(learner.loss): raise FloatingPointError(nonfinite_message(learner))
     scaler.step(learner.optimizer)
@@ -102,7 +102,8 @@ def resume(
 ):
     "Bring a task that is about to begin to where `saved` was; further callbacks are not told."
     learner.iteration, learner.events = saved['iteration'], list(saved['events'])
-    learner.usage.counts = {(tower, block): counts for tower, block, counts in saved['usage']}
+    mine = place(learner.accelerator)[0] == 0                                   # what was counted is counted once
+    learner.usage.counts = {(tower, block): counts * mine for tower, block, counts in saved['usage']}
     groups = learner.optimizer.state_dict()['param_groups']
     moments = {int(i): v for i, v in saved['moments'].items()}
     learner.optimizer.load_state_dict(dict(state=moments, param_groups=groups))

@@ -152,9 +152,10 @@ def merge_once(
         why = (f'{len(sources)} of {rule.n_sources} sources, no target among {len(counts)} experts '
                f'({int(moe.frozen.sum())} frozen, {len(protected)} protected)')
         return {**event, 'kind': 'no_merge', 'why': why}
-    states = [read(moe.experts[e]) for e in sources]
     where = Where(moe.tower, moe.block, **when)
-    write(moe.experts[target], merged_state(moe, rule, states, counts[sources], x=x, where=where))
+    with moe.store.at_hand(moe, [*sources, target]):
+        states = [read(moe.experts[e]) for e in sources]
+        write(moe.experts[target], merged_state(moe, rule, states, counts[sources], x=x, where=where))
     if rule.router != 'keep': rewrite_column(moe.routers[-1], target, sources, rule.router)
     return event
 

@@ -71,8 +71,10 @@ def start_merged(
     sources = moe.frozen.nonzero().flatten().tolist()
     targets = [e for e in range(len(moe.experts)) if e not in sources and e not in protected]
     if rule.start == 'keep' or not sources or not targets: return None
-    states = start_states(moe, rule, sources, len(targets), x=x, where=Where(moe.tower, moe.block, task))
-    for i, e in enumerate(targets): write(moe.experts[e], states[i % len(states)])
+    where = Where(moe.tower, moe.block, task)
+    with moe.store.at_hand(moe, [*sources, *targets]):
+        states = start_states(moe, rule, sources, len(targets), x=x, where=where)
+        for i, e in enumerate(targets): write(moe.experts[e], states[i % len(states)])
     return dict(kind='start', tower=moe.tower, block=moe.block, sources=sources, targets=targets)
 
 # %% ../../nbs/4_merge/06_start.ipynb #81c3b510

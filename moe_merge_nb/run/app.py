@@ -209,7 +209,8 @@ def parser()->argparse.ArgumentParser:
     p = argparse.ArgumentParser('moe-merge-app', description=what)
     p.add_argument('run', metavar='RUN', help='directory of a finished run, a shared file, or a repository of the Hub')
     p.add_argument('--port', type=int, help='of the page (the first free one from 7860)')
-    p.add_argument('--trust', action='store_true', help='import parts that are not of this package')
+    trust = 'import parts that are not of this package; this folder is searched for them'
+    p.add_argument('--trust', action='store_true', help=trust)
     return p
 
 # %% ../../nbs/run/31_app.ipynb #ea0b0e36
@@ -221,6 +222,7 @@ def main(argv:Sequence[str]|None=None)->int:
         print('moe-merge-app: this needs gradio: pip install "moe_merge_nb[app]"', file=sys.stderr)
         return 2
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False' # read when Gradio is imported
+    if args.trust: sys.path.insert(0, os.getcwd())
     try:
         c = load_classifier(args.run, trust=args.trust)
         serve(page(c, f'What {Path(args.run).resolve().name} sees'), args.port)

@@ -9,6 +9,7 @@ __all__ = ['Encode', 'FORMATS', 'NEEDS', 'TOLERANCE', 'own_parts', 'followed', '
 # %% ../../nbs/run/30_export.ipynb #a8504fa6
 import argparse
 import copy
+import os
 import re
 import sys
 import warnings
@@ -183,7 +184,8 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--task', required=True, metavar='T', help='by name, or counted from 0')
     p.add_argument('--format', choices=FORMATS, default='onnx', help='of the file (onnx)')
     p.add_argument('--out', metavar='FILE', help='to write (here, named by the task)')
-    p.add_argument('--trust', action='store_true', help='import parts that are not of this package')
+    trust = 'import parts that are not of this package; this folder is searched for them'
+    p.add_argument('--trust', action='store_true', help=trust)
     return p
 
 def file_name(
@@ -198,6 +200,7 @@ def file_name(
 def main(argv:Sequence[str]|None=None)->int:
     "Entry point of `moe-merge-export`."
     args = parser().parse_args(argv)
+    if args.trust: sys.path.insert(0, os.getcwd())
     try:
         shared = load(args.run, trust=args.trust)
         name = shared.tasks[number_of(shared, args.task)].name

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open, SafetensorError
 from torch import Tensor
 from ..layer.adapt import AdaptedCLIP
-from ..clip.backbone import load_clip
+from ..clip.backbone import load_clip, model_sources
 from .describe import Words, clip_config, clip_from, experts_config, own_parts, sha256, words
 from ..safe.checkpoint import check_fit, checksum
 from ..safe.doors import sources
@@ -52,7 +52,7 @@ def header_of(
         version=3,
         package=version('moe_merge_nb'),
         experts=experts_config(model),
-        sources=sources(own_parts(experts_config(model))),
+        sources=sources(own_parts(experts_config(model))) | model_sources(name or 'pico'),
         n_tasks=model.n_tasks,
         backbone=_backbone_of(model.clip, name, pretrained, with_backbone),
         tasks=tasks,
@@ -243,7 +243,7 @@ def header_of_run(
         version=1,
         package=config.get('version'),
         experts=experts,
-        sources=config.get('sources', {}),
+        sources=config.get('sources', {}) | config.get('model_sources', {}),
         n_tasks=n_tasks,
         backbone=dict(**named, sha256=config.get('backbone_sha256'), config=None),
         tasks=[said.get(name, dict(name=name)) for name in tasks[:n_tasks]],

@@ -7,6 +7,7 @@ __all__ = ['parser', 'words_of', 'lines', 'write_csv', 'predict', 'main']
 
 # %% ../../nbs/run/28_predict.ipynb #34193985
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +30,8 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--top', type=int, default=5, metavar='N', help='classes per image (default: 5)')
     p.add_argument('--csv', metavar='FILE', help='write the table to this file, too')
     p.add_argument('--device', default='auto', help="'auto', 'cpu', 'cuda', ...")
-    p.add_argument('--trust', action='store_true', help='import parts that are not of this package')
+    trust = 'import parts that are not of this package; this folder is searched for them'
+    p.add_argument('--trust', action='store_true', help=trust)
     p.add_argument('--quiet', action='store_true', help='no progress bar')
     return p
 
@@ -64,6 +66,7 @@ def write_csv(
 def predict(args:argparse.Namespace)->int: # exit code
     "Load, classify, print."
     from moe_merge_nb.run.classify import load_classifier
+    if args.trust: sys.path.insert(0, os.getcwd())
     c = load_classifier(args.run, device=args.device, trust=args.trust)
     asked = dict(task=args.task, classes=words_of(args.classes), selector=args.selector, templates=args.template)
     found = c.answers(args.images, top=args.top, progress=not args.quiet, **asked)

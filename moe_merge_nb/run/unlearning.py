@@ -27,14 +27,13 @@ from ..learn.recover import recovered
 from ..learn.results import Result
 from ..learn.saved import save_result
 from ..learn.views import View, make_strategy
-from .afterwards import check_sources
-from .extending import FREE, known_of, method_in
+from .extending import FREE, check_sources, known_of, method_in
 from .job import UsageError, accelerator, check_numbers, options_of, plainly
 from .reproduce import same_data, stream_of
 from .share import Shared
 from ..safe.provenance import config_hash, provenance
 from ..safe.shown import visible
-from ..strategies.afterwards import OF_TRAINING, opened, predicted
+from ..strategies.afterwards import OF_TRAINING, backbone_of, opened, predicted
 from ..strategies.forget import forget
 from ..strategies.unlearn import Unlearn
 from ..streams.tasks import Stream
@@ -75,7 +74,7 @@ def after_forgetting(
     how:Unlearn,
     plan:dict, # of `planned_forgetting`
     accelerator:Accelerator,
-    backbone:tuple|None=None, # see `opened`
+    backbone:tuple|None=None, # see `backbone_of`
     progress:bool|dict=True,
     cache_mb:float=2048,
 )->Result: # its only row is that after the last task
@@ -123,11 +122,11 @@ def unlearn(
     "Forget one task of a finished run."
     how, (known, own) = how_of(options), known_of(source, trust)
     check_sources(known.config)
+    stream = stream_of(known.config, root=root) if stream is None else same_data(known.config, stream)
+    said = dict(backbone=backbone_of(known, backbone or own), progress=progress, cache_mb=cache_mb)
     plan, accelerator = planned_forgetting(known, task, how), accelerator or Accelerator()
     with recovered(directory, plan, accelerator) as found:
         if found.result: return found.result
-        stream = stream_of(known.config, root=root) if stream is None else same_data(known.config, stream)
-        said = dict(backbone=backbone or own, progress=progress, cache_mb=cache_mb)
         result = after_forgetting(known, stream, task, how, plan, accelerator=accelerator, **said)
         if directory and accelerator.is_main_process: save_result(result, directory)
         accelerator.wait_for_everyone()

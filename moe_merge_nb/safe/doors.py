@@ -139,9 +139,17 @@ def _with_parents(module):
     parts = module.split('.')
     return ['.'.join(parts[:n + 1]) for n in range(len(parts))]
 
+def _by_text(node, package):
+    "What a call such as `import_module('a.b')` imports"
+    name = getattr(node.func, 'attr', getattr(node.func, 'id', None))
+    if name not in ('import_module', '__import__', 'resolve_name') or not node.args: return set()
+    said = getattr(node.args[0], 'value', None)
+    return {resolve_name(said.replace(':', '.'), package)} if isinstance(said, str) else set()
+
 def _names(node, package):
     "What one statement imports."
     if isinstance(node, ast.Import): return {a.name for a in node.names}
+    if isinstance(node, ast.Call): return _by_text(node, package)
     if not isinstance(node, ast.ImportFrom): return set()
     base = resolve_name('.' * node.level + (node.module or ''), package) if node.level else node.module
     return {base, *(f'{base}.{a.name}' for a in node.names)}

@@ -99,7 +99,10 @@ def restored(
     if name not in SELECTORS and not trust:
         raise ValueError(f'selector {name!r} is not of this package: if you trust its maker, use trust=True')
     if name in SHAPES: check_state(name, state, sizes)
-    try: return make_selector(name, **options).restore(state)
+    try:
+        selector = make_selector(name, **options)
+        selector.restore(state)
+        return selector
     except Exception as e:
         raise ValueError(f'selector {name!r} cannot be made again ({type(e).__name__}: {e})') from e
 
