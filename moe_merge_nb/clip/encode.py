@@ -131,7 +131,10 @@ def block(
     adapters:Adapter|None=None,
 )->Tensor: # (batch, rows, d)
     "One residual block."
-    return whole(*halves(b, x, mask, rows), adapters)
+    x, h = halves(b, x, mask, rows)
+    if torch.is_grad_enabled(): return whole(x, h, adapters)
+    if adapters: h += adapters(x)                                           # nobody else holds h
+    return h.add_(x)
 
 # %% ../../nbs/2_clip/02_encode.ipynb #6cf6b1f5
 def encode_image(

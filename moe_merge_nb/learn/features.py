@@ -7,7 +7,7 @@ __all__ = ['FEW', 'class_embeddings', 'Encoder', 'other', 'by']
 
 # %% ../../nbs/6_learn/09_features.ipynb #b6299f9a
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 import torch
@@ -137,6 +137,15 @@ def _encode(encoder, x, s, over): # (n, 3, H, W) -> (n, d), (n, blocks x experts
 
 # %% ../../nbs/6_learn/09_features.ipynb #61bf834a
 @patch
+def loaded(self:Encoder,
+    task:Task,
+    index:Tensor, # (n,) of test images of `task`
+)->Iterator[Tensor]: # (batch, 3, H, W)
+    "Some test images."
+    how = dict(num_workers=self.workers, pin_memory=self.model.logit_scale.is_cuda)
+    for images, _ in DataLoader(Subset(task.test, index.tolist()), self.batch, **how): yield images
+
+@patch
 @torch.no_grad()
 def images(self:Encoder,
     task:Task,
@@ -147,9 +156,7 @@ def images(self:Encoder,
     "Features of some test images by the routers `s`."
     def compute(rows):
         self.passes['images'] += len(rows)
-        how = dict(num_workers=self.workers, pin_memory=self.model.logit_scale.is_cuda)
-        loading = DataLoader(Subset(task.test, rows.tolist()), self.batch, **how)
-        z, used = (torch.cat(t).cpu() for t in zip(*(_encode(self, x, s, over) for x, _ in loading)))
+        z, used = (torch.cat(t).cpu() for t in zip(*(_encode(self, x, s, over) for x in self.loaded(task, rows))))
         check_features(z, rows, task.test, self.model, said=f'task {task.name!r}, test images {by(s)}')
         return (z,), used
     z, = self.cache.get('image', self.source(task.test), s, index, compute=compute, over=over)

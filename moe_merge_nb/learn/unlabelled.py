@@ -31,6 +31,13 @@ class TextKept(Encoder):
         if key not in self.known: self.known[key] = super().classes(task, s, over)
         return self.known[key]
 
+    def loaded(self,
+        task:Any, # with .test, a `Chunk`
+        index:Tensor, # (n,) of its images
+    )->Iterator[Tensor]: # (batch, 3, size, size)
+        "What lies in memory already."
+        for some in index.split(self.batch): yield task.test.images[some]
+
 # %% ../../nbs/6_learn/13_unlabelled.ipynb #d251d53a
 class Asked(NamedTuple):
     "A task as the evaluation sees it."

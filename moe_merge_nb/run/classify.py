@@ -37,7 +37,7 @@ class Classifier:
     tasks:Sequence[Words]=() # one per router, in order
     selectors:dict[str, Any]|None=None # name -> fitted selector
     predict:Callable[[View], Tensor]=routed # strategy
-    batch:int=96 # images per pass
+    batch:int=128 # images per pass
 
     def __post_init__(self):
         n = self.model.n_tasks
@@ -202,7 +202,7 @@ def strategy_of(shared:Shared)->Callable[[View], Tensor]:
 def load_classifier(
     path:str|Path, # of a run directory or a shared file, or 'user/repo' on the Hub
     device:str='auto', # 'auto': a GPU where there is one; 'cpu', 'cuda:1', ...
-    batch:int=96, # images per pass
+    batch:int=128, # images per pass
     backbone:tuple|None=None, # (model, tokenizer) from `load_clip`; None: from the file, or by the name in it
     trust:bool=False, # import parts that are not of this package
 )->Classifier:
