@@ -1,6 +1,7 @@
 """Whole runs whose experts are shared out over processes: the numbers of one process, in parts of its memory."""
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from moe_merge_nb.layer.experts import read
 from moe_merge_nb.layer.kinds import Experts
 from moe_merge_nb.learn import loop
 from moe_merge_nb.learn.callbacks import FreezeMostUsed, MergeMostUsed
-from moe_merge_nb.learn.evaluate import evaluate
+from moe_merge_nb.learn.evaluate import evaluate, images_of_process
 from moe_merge_nb.learn.learner import Callback
 from moe_merge_nb.learn.method import Method, build
 from moe_merge_nb.learn.sanity import bad_tensors
@@ -191,6 +192,10 @@ def test_processes_with_other_images_get_the_experts_that_they_ask_for(ends):
     assert ends[0]['evaluated'] == ends[1]['evaluated'] == ends[2]['evaluated']
     assert ends[0]['events'] == ends[1]['events'] == ends[2]['events']
     for key, c in ends[0]['counts'].items(): assert (c == ends[1]['counts'][key]).all()
+
+def test_a_process_may_be_without_images():
+    parts = [images_of_process(2, SimpleNamespace(process_index=i, num_processes=4)).tolist() for i in range(4)]
+    assert parts == [[0], [1], [], []]
 
 def test_what_is_sent_is_less_than_with_all_experts_in_every_step(ends):
     everything = ends[0]['held']['weights'] * TRAIN.iterations              # 2 (D - 1)/D S with D = 2
