@@ -33,7 +33,7 @@ PAGES := $(BIN)/python tools/test_pages.py --n_workers 2 --timing
 # Each file of tests is run by one worker, which makes its fixtures once (groups by mark have no effect with pytest 9.2 and pytest-xdist 3.8).
 test: install
 	$(PAGES)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: install
 	$(BIN)/jupyter lab nbs

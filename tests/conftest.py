@@ -24,6 +24,12 @@ ConfigStore.__deepcopy__ = lambda self, memo: self
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SLOW = 'sweep own_parts report_safe cli_process readme learn_loop kill fuzz wide'.split()
+
+def pytest_collection_modifyitems(items):
+    "What takes longest first, so that no worker is left with it in the end."
+    items.sort(key=lambda item: item.path.stem.removeprefix('test_') not in SLOW)
+
 def pytest_collection_finish():
     "What is imported by now stays, so nobody looks through it for garbage again."
     gc.collect()

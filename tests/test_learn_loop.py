@@ -1,6 +1,7 @@
 from dataclasses import replace
 from functools import cache
 import pytest, torch
+from accelerate import Accelerator
 from moe_merge_nb.streams.tasks import *
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.experts import *
@@ -17,6 +18,7 @@ from moe_merge_nb.learn.learner import Callback
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.callbacks import *
 from moe_merge_nb.learn.method import *
+from moe_merge_nb.safe.checkpoint import write_tree
 from moe_merge_nb.safe.guard import *
 from moe_merge_nb.learn.state import *
 from moe_merge_nb.learn.recover import *
@@ -76,36 +78,13 @@ def iteration_saved(directory):
 def never_begun():
     "No run may begin."
     return patch.object(loop, 'start', side_effect=AssertionError('a run was begun'))
-SCRIPT = """
-import os, socket, sys
-from accelerate import Accelerator
-from moe_merge_nb.clip.backbone import load_clip
-from moe_merge_nb.safe.checkpoint import write_tree
-from moe_merge_nb.learn.loop import run
-from moe_merge_nb.learn.method import Method
-from moe_merge_nb.merge.rule import Merge
-from moe_merge_nb.streams.tasks import toy_stream
-from moe_merge_nb.learn.learner import Callback
-from moe_merge_nb.learn.settings import Train
-train = Train(iterations=10, batch=8, lr=1e-2, warmup=2)
-experts, selectors = dict(n_experts=6, rank=4, dropout=0.), ('oracle', 'gaussian')
-method = Method('moe_merge', experts=experts, train=train, merge=Merge(every=4), selectors=selectors)
-def made(name):
-    clip, cpu = load_clip('pico', 'random'), Accelerator(cpu=True)
-    r = run(toy_stream(2), method, 0, clip, progress=False, accelerator=cpu)
+def made(folder, name=None):
+    "A run of this process, written to a file with its name, or with its rank."
+    cpu = Accelerator(cpu=True)
+    r = learned(small(experts=dict(n_experts=6, rank=4, dropout=0.)), accelerator=cpu)
     tables = {n: getattr(r, n).to_dict('list') for n in ('matrix', 'selection', 'usage', 'fixed')}
     left = dict(adapters=r.adapters, events=r.events, tables=tables, processes=r.config['processes'])
-    write_tree(left, f'{sys.argv[1]}/{name}.safetensors')
-with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-rank = next((i for i in range(2) if not os.fork()), None)                       # None: the parent
-if rank is None:
-    made('one')
-    assert all(os.wait()[1] == 0 for _ in range(2))
-else:
-    os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2')
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
-    made(rank)
-"""
+    write_tree(left, f'{folder}/{name or cpu.process_index}.safetensors')
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not():
@@ -165,7 +144,7 @@ def test_every_method_goes_on_in_the_middle_of_a_task():
     from moe_merge_nb.baselines.methods import METHODS
     for m in METHODS.values():
         if m.tune == 'nothing' or m.name in ('adapter', 'moe'): continue
-        short = shortened(m, 8, merge=m.merge and Merge(every=2), selectors=m.selectors[:1])
+        short = shortened(m, 7, merge=m.merge and Merge(every=2), selectors=m.selectors[:1])
         if m.name == 'zscl': short = replace(short, baseline=replace(m.baseline, every=3, l2=.1, n=64, batch=8))
         straight = learned(short)
         with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
@@ -319,15 +298,16 @@ def test_another_program_that_goes_on_is_told_so():
 
 
 def test_two_processes_make_the_same_merges_and_weights_as_one():
-    import os, subprocess, sys, tempfile
+    import tempfile
     from moe_merge_nb.safe.checkpoint import read_tree
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p), 'OMP_NUM_THREADS': '1'}
+    from moe_merge_nb.safe.devices import in_processes
     with tempfile.TemporaryDirectory() as d:
-        subprocess.run([sys.executable, '-c', SCRIPT, d], env=env, check=True, capture_output=True)
+        made(d, 'one')
+        in_processes(made, d)
         one, first, second = (read_tree(f'{d}/{n}.safetensors') for n in ('one', 0, 1))
     assert [r['processes'] for r in (one, first, second)] == [1, 2, 2]
     assert one['events'] == first['events'] == second['events']
-    assert sum(e['kind'] == 'merge' for e in one['events']) == 2 * 7
+    assert sum(e['kind'] == 'merge' for e in one['events']) == 2 * 4
     assert one['tables'] == first['tables'] == second['tables']
     assert all(torch.equal(t, second['adapters'][k]) for k, t in first['adapters'].items())
     for k, t in one['adapters'].items(): assert (t.double() - first['adapters'][k].double()).abs().max() < 1e-4
@@ -349,7 +329,7 @@ def test_every_method_of_the_configuration_learns_the_toy_stream():
     from moe_merge_nb.baselines.methods import METHODS
     for m in METHODS.values():
         short = shortened(m, 3, selectors=m.selectors[:2], merge=m.merge and Merge(every=2))
-        if m.name == 'zscl': short = replace(short, baseline=replace(m.baseline, n=64, batch=8))
+        if m.name == 'zscl': short = replace(short, baseline=replace(m.baseline, every=2, n=64, batch=8))
         r = learned(short)
         assert accuracy_matrix(r, m.selectors[0]).shape == (2, 2), m.name
 

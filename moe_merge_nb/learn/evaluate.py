@@ -159,7 +159,7 @@ def images_of_process(
 )->Tensor: # (about n / processes,)
     "Which test images this process looks at: every P-th."
     if alone(accelerator): return torch.arange(n)
-    return torch.arange(accelerator.process_index, n, accelerator.num_processes)
+    return torch.arange(n)[accelerator.process_index::accelerator.num_processes]
 def total(
     counts:Tensor,
     accelerator:Accelerator|None=None, # None: one process

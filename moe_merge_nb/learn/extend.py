@@ -112,12 +112,13 @@ def check_further(
     accelerator:Accelerator,
 ):
     "ValueError for a method that could not learn every task of `stream` after others."
-    check_own(method)
-    for task in stream: method.train.lr_of(task.name)
-    check_enough(method, stream)
-    check_kinds(method)
-    if method.merge: check_possible(method.merge, method.experts, freezes(method), n_tasks=n_tasks)
-    split_batches([list(range(method.train.batch))], accelerator)
+    train, experts, merge, freeze = method.train, method.experts, method.merge, method.freeze
+    check_own(method.selectors, method.predict)
+    for task in stream: train.lr_of(task.name)
+    check_enough(method.selectors, stream)
+    check_kinds(experts, merge, freeze)
+    if merge: check_possible(merge, experts, freezes(freeze), n_tasks=n_tasks)
+    split_batches([list(range(train.batch))], accelerator)
 
 # %% ../../nbs/6_learn/23_extend.ipynb #af490fc9
 def check_same(

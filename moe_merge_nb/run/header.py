@@ -101,7 +101,7 @@ ENTRIES = {
         top_k=_WHOLE,
         scale=_NUMBER,
         dropout=_NUMBER,
-        shared_init=(bool,),
+        **dict.fromkeys(('shared_init', 'sharded'), (bool,)),
         top_p=_NUMBER,
         shared_blocks=_WHOLE,
         options=_DICT,
