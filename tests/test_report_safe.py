@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 import mistune
 import nbformat.v4 as v4
@@ -98,13 +99,14 @@ def attacking(method, seed):
         for c in table.columns.intersection(['after', 'task', 'selected', 'selector']): table[c] = table[c].replace(new)
     r.events = [{**e, 'task': new[e['task']]} for e in r.events]
     r.config |= dict(tasks=[new[t] for t in r.config['tasks']], stream=ATTACKS[12], machine=ATTACKS[14])
+    r.config |= dict(config_hash=f'{method}{seed}', seconds=seed + 1.5)
     return r
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "What the command did with these runs: exit code and outputs, the folder."
     d = tmp_path_factory.mktemp('report')
-    for m in ('moe', 'moe_merge'): save_result(attacking(m, 0), d/'runs'/m)
+    for m, s in product(('moe', 'moe_merge'), (0, 1)): save_result(attacking(m, s), d/'runs'/f'{m}{s}')
     plain = attacking('finetune', 0)
     plain.events, plain.usage, plain.fixed = [], plain.usage[:0], plain.fixed[:0]
     save_result(plain, d/'runs'/'finetune')
