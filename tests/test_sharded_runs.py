@@ -101,6 +101,7 @@ def task_learned(accelerator):
     "A model after one task, its learner, the gradients of its first iteration."
     model, first = build(method(), BACKBONE[0], 0), First()
     Shards.keep(model, accelerator)
+    if isinstance(model.store, Shards): model.store.every = 4
     callbacks = [first, MergeMostUsed(Merge(every=4)), FreezeMostUsed(2)]
     known = dict(settings=TRAIN, callbacks=callbacks, accelerator=accelerator)
     model.add_task(seed=0)
@@ -153,15 +154,16 @@ def ends(tmp_path_factory):
     in_processes(looked_into, two)
     return [torch.load(p) for p in (one/'0.pt', two/'0.pt', two/'1.pt')]
 
-def owner_of(name, end):
+def owner_of(name, owner):
     "Of the expert that a parameter belongs to; None for a router's."
     layer, part, e, *_ = name.split('.')
-    return end['owner'][int(layer)][int(e)] if part == 'experts' else None
+    return owner[int(layer)][int(e)] if part == 'experts' else None
 
 def test_gradients_are_those_of_one_process_and_lie_with_the_owners(ends):
     one, *two = ends
     for me, end in enumerate(two):
-        wanted = {n: g for n, g in one['grads'].items() if owner_of(n, end) in (None, me)}
+        at_first = in_turn([E] * 4, 2)
+        wanted = {n: g for n, g in one['grads'].items() if owner_of(n, at_first) in (None, me)}
         assert len(wanted) > 10 and furthest(wanted, end['grads']) <= 1e-6
 
 def test_each_process_holds_its_part_of_weights_gradients_and_moments(ends):
@@ -170,6 +172,13 @@ def test_each_process_holds_its_part_of_weights_gradients_and_moments(ends):
     assert [end['held']['weights'] / one['held']['weights'] for end in two] == [.5, .5]
     assert [end['held']['moments'] / one['held']['moments'] for end in two] == pytest.approx([.5, .5], abs=.1)
 
+def test_the_planner_dealt_experts_out_anew_and_moments_moved_with_them(ends):
+    _, first, second = ends
+    assert first['owner'] == second['owner'] != in_turn([E] * 4, 2)
+    for tower in (first['owner'][:2], first['owner'][2:]): assert sorted(sum(tower, [])) == [0] * E + [1] * E
+    moved, numbers = first['sent']['moved'] + second['sent']['moved'], 2*16*4 + 16 + 4
+    assert moved % 4 == 0 and moved > 2 * 3 * 4 * numbers                   # at least two, with both moments
+
 def test_nothing_that_came_for_a_while_stays(ends):
     for end in ends[1:]: assert end['guests'] == [set()] * 4 and end['after'] == end['held']['weights']
 
@@ -177,7 +186,7 @@ def test_the_first_process_can_have_all_to_save_it(ends):
     one, first, second = ends
     assert furthest(one['state'], first['state']) < 1e-5
     absent = {k for k, v in second['state'].items() if v.is_floating_point() and v.isnan().any()}
-    assert absent == {n for n in second['names'] if owner_of(n, second) == 0}
+    assert absent == {n for n in second['names'] if owner_of(n, second['owner']) == 0}
     assert first['bad'] == second['bad'] == []                              # each looks at what it has
 
 def test_a_merge_joins_experts_of_both_processes(ends):
