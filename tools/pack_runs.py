@@ -4,8 +4,10 @@
     python tools/pack_runs.py FOLDER     # the same with another folder for runs/"""
 import sys
 from pathlib import Path
+import pandas as pd
 from moe_merge_nb.learn.pack import load_results, pack
 from moe_merge_nb.learn.results import Result
+from moe_merge_nb.learn.saved import load_result
 from moe_merge_nb.study.measured import CHOICES, FIELDS, FOLDER, MADE, STUDY, ordered, store
 
 FULL = {  # with the experts of a few runs
@@ -24,10 +26,24 @@ def finished(folders: list[Path]) -> list[Result]:
     there = [f for f in folders if any(f.rglob('config.json'))]
     return [r for f in there for r in load_results([f]) if is_finished(r)]
 
+def closed(folders: list[Path]) -> pd.DataFrame:
+    "Of each run and tower: the share of selections that were lost, because gates were 0 in single precision."
+    rows = []
+    for d in sorted(c.parent for f in folders for c in f.rglob('config.json')):
+        r = load_result(d)
+        if not is_finished(r) or not len(r.usage): continue
+        n = r.usage.groupby(['tower', 'after', 'block'])['count'].sum()
+        all_of = n.groupby(['tower', 'after']).transform('max')
+        share = 1 - n.groupby('tower').sum() / all_of.groupby('tower').sum()
+        run = {'method': r.config['method'], 'data_seed': r.config['data_seed'], 'lr': r.config['train']['lr']}
+        rows += [{**run, 'tower': tower, 'share': round(x, 6)} for tower, x in share.items()]
+    return pd.DataFrame(rows)
+
 def stored(name: str, folders: list[Path]) -> list[Path]:
     "The files that were made."
     if name in FULL: return store(folders, name) if folders else []
     runs = finished(folders)
+    if name == 'rates' and runs: closed(folders).to_csv(FOLDER/'rates_closed.csv', index=False)
     return [pack(ordered(runs), FOLDER/f'{name}.csv.gz', (*FIELDS, *CHOICES, *MADE))] if runs else []
 
 if __name__ == '__main__':
