@@ -14,6 +14,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 import pandas as pd
+from joblib import cpu_count
 from ..learn.results import Result, selectors
 from .runs import load_all
 from ..safe.files import write_text
@@ -76,6 +77,7 @@ def report(
     progress:bool=True,
     notebooks:Sequence[str|Path]|None=None, # none: all
     with_stored:bool=False, # also what comes with the package
+    kernels:int=1, # processes that execute its sections
 )->tuple[Path, list[str]]: # the page, what went wrong in it
     "Write the page of the runs in `paths`."
     from moe_merge_nb.run.executed import executed                          # both need the extra `report`
@@ -85,7 +87,7 @@ def report(
     out = Path(out) if out else folder/'report.html'
     if not notebooks: notebooks = figure_notebooks(chosen(results, with_stored))
     nb = joined(paths, notebooks, with_stored, predictions=bool(load_all(paths)[1]))
-    errors = executed(nb, progress)
+    errors = executed(nb, progress, kernels)
     nb.cells[0].outputs = [o for o in nb.cells[0].outputs if o.output_type == 'error']
     write_text(out, page(nb, results))
     return out, errors
@@ -135,7 +137,7 @@ def main(argv:Sequence[str]|None=None)->int:
         if not results: return print('these are predictions by finished runs: name the runs, too, for figures') or 0
         for path in save_latex(results, args.latex) if args.latex else (): print(f'table: {path}')
         check_installed()
-        how = dict(progress=not args.quiet, with_stored=args.with_stored)
+        how = dict(progress=not args.quiet, with_stored=args.with_stored, kernels=min(2, cpu_count()))
         out, errors = report(args.runs, results, out=args.out, **how)
     except (ValueError, OSError, RuntimeError) as e:
         print(f'moe-merge-report: {e}', file=sys.stderr)

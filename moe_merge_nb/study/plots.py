@@ -54,6 +54,7 @@ def _heat(values, cmap, ax, size=8, **kwargs):
     "Numbers on colours: the look of every heat map here."
     style = dict(cbar=False, linewidths=.5, linecolor='white', annot_kws={'size': size})
     sns.heatmap(values, cmap=cmap, ax=ax, **style, **kwargs)
+    for text in ax.texts: text.set_in_layout(False)                         # they lie inside: nothing to measure
     ax.tick_params(length=0)
     ax.tick_params(axis='y', rotation=0)
 
