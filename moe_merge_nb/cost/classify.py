@@ -9,7 +9,7 @@ __all__ = ['sides', 'costs']
 from collections.abc import Callable
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 from ..clip.backbone import load_clip
 from ..clip.encode import encode_image
 from .blocks import interleaved
@@ -24,11 +24,15 @@ def sides(
     images:Tensor, # (n, 3, 32, 32)
     settings:Experts=Experts(rank=16), # as on MTIL-mini
     classes:int=20, # of the task
+    in_use:int=4, # experts that the router chooses from; a trained one uses 2 to 6 in a batch
 )->dict[str, Callable[[], object]]: # side -> what it does
     "Pico, bare, with experts, and as a classifier of one task."
     clip, tokenizer = load_clip()
     model = AdaptedCLIP(clip, settings).eval()
     model.add_task()
+    for router in (moe.routers[0] for moe in model.moes):
+        nn.init.normal_(router.gate)
+        router.closed[in_use:] = True
     words = Words('one', tuple(class_names(classes)), ('a photo of a {}.',))
     c = Classifier(model, tokenizer, [words])
     def passes(encode):

@@ -196,10 +196,11 @@ def mix_selected(
     r, d = experts[0].down.weight.shape
     chosen, weights = selected(gates)                                       # (batch, k)
     few_tokens, copies = 2*r > x.shape[1], 2*chosen.numel()*r*d*x.element_size()
+    way = segments if few_tokens and copies > GATHER else gathered
     if not (torch.is_grad_enabled() or experts.training):
-        used = chosen.unique()
-        if len(used) <= chosen.shape[1] * (1 + few_tokens): return mix_few(x, gates, experts, used)
-    return (segments if few_tokens and copies > GATHER else gathered)(x, experts, chosen, weights)
+        used, few = chosen.unique(), 2 if way is segments else 1 + 2*r / x.shape[1]
+        if len(used) <= few * chosen.shape[1]: return mix_few(x, gates, experts, used)
+    return way(x, experts, chosen, weights)
 
 # %% ../../nbs/3_layer/03_mix.ipynb #56b054e9
 BANK = 128e6 # bytes of experts that may be stacked

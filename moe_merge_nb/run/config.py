@@ -143,7 +143,7 @@ EXPERIMENTS |= {
         **SHARED},
     'rates': {
         'data_seed': [50, 51],
-        'train.lr': [.001, .003, .01, .02, .04],
+        'train.lr': [.001, .003, .01, .02, .04, .08],
         'method': ['moe', 'moe_merge'],
         'order': ['[Aircraft,Caltech,CIFAR,DTD,EuroSAT]'],
         'selectors': TWO,
