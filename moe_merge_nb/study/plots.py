@@ -126,10 +126,14 @@ def fixed_counts(
     tower:str, # 'image' | 'text'
 )->pd.DataFrame: # rows: tasks, columns: blocks
     "How many different experts of each block are frozen after each task."
-    rows = fixed[fixed.tower == tower]
-    so_far = [rows[rows.after.isin(tasks[:n])] for n in range(1, len(tasks) + 1)]
+    rows, first = fixed[fixed.tower == tower], {}
+    for task, block, expert in zip(rows.after, rows.block.astype(int), rows.expert):
+        if task not in tasks: continue
+        place = block, expert
+        first[place] = min(tasks.index(task), first.get(place, len(tasks)))
     blocks = sorted(set(rows.block.astype(int)))
-    counts = {b: [r[r.block == b].expert.nunique() for r in so_far] for b in blocks}
+    counts = np.zeros((len(tasks), len(blocks)), int)
+    for (block, _), i in first.items(): counts[i:, blocks.index(block)] += 1
     return pd.DataFrame(counts, pd.Index(tasks, name='after'), pd.Index(blocks, name='block'))
 
 # %% ../../nbs/11_study/01_plots.ipynb #79722894
