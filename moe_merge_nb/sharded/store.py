@@ -26,7 +26,6 @@ from .sharded import exchange, needed_by_all, one_row
 class Shards(Store):
     "The experts of a model, each kept by one process."
     every = EVERY # iterations from one dealing out to the next
-
     def __init__(self,
         model:nn.Module, # an `AdaptedCLIP`; the same in every process
         accelerator:Accelerator, # of several processes
@@ -40,29 +39,30 @@ class Shards(Store):
             moe.store = self
             for e, expert in enumerate(moe.experts):
                 if not self.holds(i, e): let_go(expert)
-
-    @classmethod
-    def keep(cls,
-        model:nn.Module, # an `AdaptedCLIP`
-        accelerator:Accelerator,
-    ):
-        "Begin with the experts that `model` has; one process keeps all."
-        if not alone(accelerator) and model.moes: cls(model, accelerator)
-
     @classmethod
     def check(cls, method:Any): refuse(method)
 
-    def holds(self,
-        i:int, # of a layer
-        e:int, # of an expert
-    )->bool:
-        "Is it here?"
-        return self.owner[i][e] == self.me or e in self.guests[i]
+# %% ../../nbs/12_sharded/06_store.ipynb #f4e62339
+@patch(cls_method=True)
+def keep(cls:Shards,
+    model:nn.Module, # an `AdaptedCLIP`
+    accelerator:Accelerator,
+):
+    "Begin with the experts that `model` has; one process keeps all."
+    if not alone(accelerator) and model.moes: cls(model, accelerator)
 
-    def has(self, moe:MoE)->bool:
-        "Are all experts of a layer here?"
-        i = self.moes.index(moe)
-        return all(self.holds(i, e) for e in range(len(moe.experts)))
+@patch
+def holds(self:Shards,
+    i:int, # of a layer
+    e:int, # of an expert
+)->bool:
+    "Is it here?"
+    return self.owner[i][e] == self.me or e in self.guests[i]
+
+@patch
+def has(self:Shards, moe:MoE)->bool:
+    "Are all experts of a layer here?"
+    return all(self.holds(self.moes.index(moe), e) for e in range(len(moe.experts)))
 
 # %% ../../nbs/12_sharded/06_store.ipynb #a1f8851d
 @patch
