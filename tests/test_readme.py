@@ -219,3 +219,8 @@ def test_a_page_shows_what_it_would_show_now(page, monkeypatch):
         (words, numbers), (new_words, new_numbers) = said(before), said(now)
         assert words == new_words, before.source
         assert new_numbers == pytest.approx(numbers, rel=.02, abs=1e-6), before.source
+
+def test_no_page_says_that_a_run_goes_on_between_tasks_only():
+    pages = [p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
+    said = [p.name for p in pages if 'after the last finished task' in p.read_text(encoding='utf-8')]
+    assert len(pages) > 150 and not said
