@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch.nn import functional as F
 from moe_merge_nb.clip.backbone import load_clip
@@ -26,3 +27,12 @@ def test_bare_is_plain_clip():
         torch.testing.assert_close(unit(see_bare(case)), unit(clip.encode_image(case.images)), **close)
         torch.testing.assert_close(classify_bare(case), unit(clip.encode_text(case.learner.tokens)), **close)
     assert (see_ours(case) - see_bare(case)).abs().max() > 1e-3                # the adapters do something
+
+
+@pytest.mark.parametrize('job', [train_bare, see_bare])
+def test_the_bare_towers_stay_on_the_device_they_are_moved_to(job):
+    case, meta = make_case(load_clip('pico', 'random'), 3, 2), torch.device('meta')     # which has shapes, no numbers
+    case.model.to(meta)
+    case.images, case.labels, case.learner.tokens = (t.to(meta) for t in (case.images, case.labels, case.learner.tokens))
+    case.learner.first = tuple(t.to(meta) for t in case.learner.first)
+    job(case)                                                                           # a tensor left behind raises

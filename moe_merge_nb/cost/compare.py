@@ -148,7 +148,7 @@ def shifted(
 )->list[Callable|None]: # one per block
     "A vector of zeros that wants a gradient, beside the first MLP of a tower; nothing beside the others."
     blocks = {'image': clip.visual.transformer, 'text': clip.transformer}[tower].resblocks
-    b = torch.zeros(blocks[0].ln_2.normalized_shape[0], requires_grad=True)
+    b = torch.zeros_like(blocks[0].ln_2.weight, requires_grad=True)
     return [lambda x: b] + [None] * (len(blocks) - 1)
 
 def bare_loss(case:Case)->Tensor:

@@ -50,7 +50,7 @@ class PlainMoE(nn.Module):
         h = x0 @ self.router['gate']
         if self.training: h = h + torch.randn_like(h) * (F.softplus(x0 @ self.router['noise']) + 0.01)
         best, chosen = h.topk(self.top_k)
-        return torch.zeros_like(h).scatter(-1, chosen, best.softmax(-1))
+        return torch.zeros_like(h).scatter(-1, chosen, best.softmax(-1).to(h.dtype))
 
 # %% ../../nbs/cost/01_plain.ipynb #630b73d9
 @patch
@@ -63,7 +63,7 @@ def forward(self:PlainMoE,
         i = gates[:, e].nonzero().flatten() # its sequences
         mine.append(i)
         if len(i): said.append(gates[i, e, None, None] * expert(x[i]))
-    return torch.zeros_like(x).index_add(0, torch.cat(mine), torch.cat(said))
+    return torch.zeros_like(x).index_add(0, torch.cat(mine), torch.cat(said).to(x.dtype))
 
 # %% ../../nbs/cost/01_plain.ipynb #c40a7f66
 def plain_block(

@@ -78,7 +78,7 @@ def top_k_gates(
     if not 1 <= k <= n: raise ValueError(f'top_k is {k}, but there are {n} experts: choose 1 ... {n}')
     best = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]      # (batch, k)
     weights = logits.gather(-1, best).softmax(-1)
-    return torch.zeros_like(logits).scatter(-1, best, weights)
+    return torch.zeros_like(logits).scatter(-1, best, weights.to(logits.dtype))
 
 # %% ../../nbs/3_layer/02_router.ipynb #021b4a3b
 def raw_top_k_gates(
@@ -89,7 +89,8 @@ def raw_top_k_gates(
     n = logits.shape[-1]
     if not 1 <= k <= n: raise ValueError(f'top_k is {k}, but there are {n} experts: choose 1 ... {n}')
     best = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]      # (batch, k)
-    return torch.zeros_like(logits).scatter(-1, best, logits.softmax(-1).gather(-1, best))
+    weights = logits.softmax(-1).gather(-1, best)
+    return torch.zeros_like(logits).scatter(-1, best, weights.to(logits.dtype))
 
 # %% ../../nbs/3_layer/02_router.ipynb #801ae9f7
 def top_p_gates(
@@ -100,7 +101,7 @@ def top_p_gates(
     if not 0 <= p <= 1: raise ValueError(f'top_p is {p}: choose a mass from 0 to 1')
     P, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = (P.cumsum(-1) - P).clamp(max=1) # mass of the better experts; rounded up, it must not close one at p = 1
-    return torch.zeros_like(logits).scatter(-1, order, P * (before <= p))
+    return torch.zeros_like(logits).scatter(-1, order, (P * (before <= p)).to(logits.dtype))
 
 def most_open(
     gate:Callable, # logits -> gates
