@@ -10,6 +10,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from zipfile import ZipFile
 from unittest.mock import patch
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.reproduce import stream_of
 from moe_merge_nb.run.rewrite import rewrite_run
 from moe_merge_nb.safe import known
-from moe_merge_nb.safe.doors import own_modules, sources
+from moe_merge_nb.safe.doors import changed, gone, sources
+from moe_merge_nb.safe.imports import own_modules
 from moe_merge_nb.streams.folder import folder
 from moe_merge_nb.streams.identity import digest_of, identity
 from moe_merge_nb.streams.miniature import miniature
@@ -102,7 +104,57 @@ def test_imports_by_text_are_followed(here):
         'def f(states, counts, before):\n'
         '    importlib.import_module("a"), __import__("b"), pkgutil.resolve_name("c:x"), import_module("pack.two")\n'
         '    return importlib.import_module(name)\n')
-    assert own_modules('r') == {'r', 'a', 'b', 'c', 'pack.two', 'pack.one'}          # not d, whose name is computed
+    assert own_modules('r') == {'r', 'a', 'b', 'c', 'd', 'pack.two', 'pack.one'}
+
+WAYS = {
+    'a keyword': 'import importlib\ndef f(): importlib.import_module(name="pack.one")\n',
+    'another name': 'from importlib import import_module as load\ndef f(): load("pack.one")\n',
+    'another package': 'from importlib import import_module\ndef f(): import_module(".one", "pack")\n',
+    'after one that fails': 'import importlib\ndef f(): importlib.import_module("..x")\nfrom pack import one\n',
+    'a table': 'import importlib\nPARTS = ["json", "pack.one"]\ndef f(i): importlib.import_module(PARTS[i])\n',
+}
+
+@pytest.mark.parametrize('way', WAYS)
+def test_every_way_to_import_by_text_is_followed(here, way):
+    (here/'pack').mkdir()
+    (here/'pack'/'one.py').write_text('x = 1\n')
+    (here/'r.py').write_text(WAYS[way])
+    assert own_modules('r') == {'r', 'pack.one'}
+
+def test_what_a_package_offers_by_all_counts(here):
+    (here/'pack').mkdir()
+    (here/'pack'/'__init__.py').write_text('__all__ = ["one"]\n')
+    for name in ('one', 'two'): (here/'pack'/f'{name}.py').write_text('x = 1\n')
+    (here/'r.py').write_text('from pack import *\n')
+    assert own_modules('r') == {'r', 'pack', 'pack.one'}
+
+def test_a_text_is_no_import_where_nothing_is_imported_by_text(here):
+    (here/'mean.py').write_text('x = 1\n')
+    (here/'r.py').write_text('def f(states, counts, before): return "mean"\n')
+    assert own_modules('r') == {'r'}
+
+def test_what_is_packed_into_an_archive_counts(here, monkeypatch):
+    def packed(text):
+        with ZipFile(here/'parts.zip', 'w') as z: z.writestr('packed.py', text)
+    packed('import helper\nx = 1.\n')
+    (here/'helper.py').write_text('y = 1\n')
+    (here/'r.py').write_text('import packed\n' + RULE)
+    monkeypatch.syspath_prepend(str(here/'parts.zip'))
+    parts = {'merge.combine': ('r.f', {})}
+    before = sources(parts)
+    assert set(before) == {'r.f', 'packed', 'helper'}
+    packed('import helper\nx = 2.\n')
+    with pytest.raises(ValueError, match='parts.zip has changed since it was imported'): sources(parts)
+
+def test_a_helper_that_comes_later_or_goes_is_noticed(here):
+    (here/'r.py').write_text('try: import extra\nexcept ImportError: extra = None\n' + RULE)
+    parts = {'merge.combine': ('r.f', {})}
+    without = sources(parts)
+    (here/'extra.py').write_text('x = 1\n')
+    with_it = sources(parts)
+    assert changed(without, with_it) == ['extra'] and not gone(with_it)
+    (here/'extra.py').unlink()
+    assert changed(with_it, sources(parts)) == [] and gone(with_it) == ['extra']
 
 def test_packages_and_relative_imports_are_followed(here):
     (here/'pack').mkdir()

@@ -19,7 +19,8 @@ from .settings import Train
 from .views import STRATEGIES, check_classes
 from ..merge.combine import COMBINE
 from ..merge.rule import STARTS, Merge, merge_iterations
-from ..safe.doors import OURS, called, importable_name, module_of, resolve, source_digest, sources, written
+from ..safe.doors import called, importable_name, module_of, resolve, source_digest, sources, written
+from ..safe.imports import OURS
 from ..select.select import SELECTORS
 from ..streams.identity import identity
 from ..streams.tasks import Stream

@@ -15,7 +15,8 @@ from torch import nn
 from .cache import digest
 from .method import Method, describe
 from .recover import MADE_BY
-from ..safe.doors import called, is_own, module_digest, module_of
+from ..safe.doors import called, module_digest, module_of
+from ..safe.imports import is_own
 from ..safe.known import sha256_of
 from ..safe.provenance import config_hash, provenance
 from ..streams.tasks import Stream, prompts

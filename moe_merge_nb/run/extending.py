@@ -29,7 +29,7 @@ from .job import (
 from .reproduce import method_of, stream_from_config
 from .runs import check_finished
 from .share import Shared, load
-from ..safe.doors import sources
+from ..safe.doors import changed, gone, sources
 from ..select.select import SELECTORS
 from ..streams.tasks import Stream
 
@@ -81,11 +81,12 @@ def check_sources(
 ):
     "ValueError where the file of a part of one's own has changed since."
     method = method_in(config)
-    method = method if of_predict else replace(method, predict='routed')
-    parts = {k: v for k, v in (choices(method) | own_kinds(method)).items() if v[0] != 'keep'}
+    asked = method if of_predict else replace(method, predict='routed')
+    parts = {k: v for k, v in (choices(asked) | own_kinds(asked)).items() if v[0] != 'keep'}
     said = (config.get('sources') or {}) | config.get('model_sources', {})
     found = sources(parts) | model_sources(config.get('model') or 'pico')
-    odd = [name for name, digest in found.items() if said.get(name, digest) != digest]
+    own_strategy = callable(method.predict) or method.predict not in STRATEGIES
+    odd = changed(said, found) + gone(said)*(of_predict or not own_strategy)
     if odd: raise ValueError(f'{odd[0]} is in a file that has changed since: bring back the file of then')
 
 # %% ../../nbs/run/25_extending.ipynb #fd670130

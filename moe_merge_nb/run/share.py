@@ -29,7 +29,7 @@ from .describe import Words, clip_from, own_parts, sha256, words
 from .header import FILE, KEY, check_digest, check_header, header_of, header_of_run, read_header
 from .states import packed, states_of_run, unpacked
 from ..safe.checkpoint import checksum, fill
-from ..safe.doors import sources
+from ..safe.doors import changed, sources
 from ..safe.files import replacing, write_json
 from ..select.restored import own_selectors, restored, sizes_of
 from ..streams.tasks import Task
@@ -160,7 +160,7 @@ def check_own_parts(
                          'here: if you trust its maker, and have these parts, load it with trust=True')
     said = header.get('sources', {})
     found = sources(own) | model_sources(backbone)
-    odd = [name for name, digest in found.items() if said.get(name, digest) != digest]
+    odd = changed(said, found)
     if odd: raise ValueError(f'{odd[0]} is in a file that has changed since: bring back the file of then')
 
 # %% ../../nbs/run/21_share.ipynb #9eb44989
