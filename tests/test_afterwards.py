@@ -17,7 +17,7 @@ from moe_merge_nb.run.job import UsageError
 from moe_merge_nb.run.line import as_text
 from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.job import job
-from moe_merge_nb.run.report import tell
+from moe_merge_nb.run.figures import beside_stored, tell
 from moe_merge_nb.run.runs import check_finished, load_all, load_runs
 from moe_merge_nb.run.share import load
 from moe_merge_nb.strategies.afterwards import known_in, opened, strategy_in
@@ -272,7 +272,7 @@ def test_the_report_gives_a_prediction_a_row_of_its_own(here, tmp_path, capsys):
     predict_with('run', 'my_strategies.upside_down', tmp_path/'own', progress=False)
     runs, predictions = load_all(['run', tmp_path])
     assert [r.config['method'] for r in runs] == ['moe'] and len(load_runs(['run', tmp_path])) == 1
-    tell(runs, predictions)
+    tell(runs, predictions, beside_stored(runs))
     lines = capsys.readouterr().out.splitlines()
     named = [r.config['method'] for r in predictions]
     assert sorted(n.split()[1] for n in named) == ['predict=contrast'] * 2 + ['predict=my_strategies.upside_down']

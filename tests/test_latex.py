@@ -4,7 +4,7 @@ import pytest
 from scipy.stats import t as student
 from moe_merge_nb.learn.results import example_result, summary
 from moe_merge_nb.learn.saved import save_result
-from moe_merge_nb.run import report
+from moe_merge_nb.run import figures, report
 from moe_merge_nb.study.tables import latex, statistics, with_interval
 
 RUNS = [example_result(m, s) for m in ('moe', 'moe_merge') for s in (0, 1, 2)]
@@ -29,14 +29,16 @@ def test_a_table_has_rules_and_names_are_text():
 
 def test_the_command_writes_them_before_it_draws_anything(tmp_path, monkeypatch, capsys):
     for i, r in enumerate(RUNS): save_result(r, tmp_path/'runs'/str(i))
-    monkeypatch.setattr(report, 'report', lambda *_, **__: (tmp_path/'report.html', []))
+    monkeypatch.setattr(report, 'begin', lambda stack: [])
+    monkeypatch.setattr(figures, 'report', lambda *_, **__: (tmp_path/'report.html', []))
     assert report.main([str(tmp_path/'runs'), '--latex', str(tmp_path/'paper'/'tables'), '--quiet']) == 0
     methods, tasks = ((tmp_path/'paper'/'tables'/f'{n}.tex').read_text(encoding='utf-8') for n in ('methods', 'tasks'))
     assert methods == latex(with_interval(RUNS), r'Means over runs in \%, with 95 \% intervals.', 'tab:methods')
     assert r'\label{tab:tasks}' in tasks and all(t in tasks for t in RUNS[0].config['tasks'])
     assert 'methods.tex' in capsys.readouterr().out
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, 'begin', lambda stack: [])
     save_result(RUNS[0], tmp_path/'run')
     (tmp_path/'file').write_text('')
     assert report.main([str(tmp_path/'run'), '--latex', str(tmp_path/'file'/'x'), '--quiet']) == 2

@@ -11,7 +11,7 @@ from moe_merge_nb.learn.method import describe
 from moe_merge_nb.learn.pack import pack
 from moe_merge_nb.learn.results import example_result
 from moe_merge_nb.learn.saved import save_result
-from moe_merge_nb.run.report import NOTEBOOKS, STORED, chosen, tell
+from moe_merge_nb.run.figures import NOTEBOOKS, STORED, beside_stored, chosen, tell
 from moe_merge_nb.run.runs import distinguish, load_runs
 from moe_merge_nb.streams.tasks import toy_stream
 from moe_merge_nb.study.measured import measured
@@ -20,11 +20,13 @@ from moe_merge_nb.study.one_run import beside, ranges, same_kind, _settings, _us
 STORED_RUNS = {name: measured(name) for name in ('mini', 'demo', 'main')}
 MINI = STORED_RUNS['mini']
 
+def said_of(runs): tell(runs, [], beside_stored(runs))
+
 def demo(*methods): return [deepcopy(r) for r in STORED_RUNS['demo'] if r.config['method'] in methods]
 
 @pytest.fixture(autouse=True)
 def read_once(monkeypatch):
-    monkeypatch.setattr('moe_merge_nb.run.report.measured', lambda name='mini': STORED_RUNS[name])
+    monkeypatch.setattr('moe_merge_nb.run.figures.measured', lambda name='mini': STORED_RUNS[name])
 
 @pytest.mark.parametrize('name', METHODS)
 def test_a_run_of_today_with_the_usual_settings_has_just_these(name):
@@ -63,19 +65,20 @@ def test_every_seed_has_a_line_of_its_own():
     assert not lines['moe', 0, 'oracle'].endswith('!') and lines['moe', 1, 'oracle'].endswith(' !')
 
 def test_the_command_prints_the_ranges_of_stored_kinds_only(capsys):
-    tell(demo('moe', 'moe_merge'))
+    said_of(demo('moe', 'moe_merge'))
     said = capsys.readouterr().out
     assert re.search(r'oracle +44\.8 \(44\.7 to 44\.9\)', said)
     assert 'One run of each cannot tell methods apart' in said
     assert 'moe_merge ends -1.19 points of Last from moe' in said and '24 pairs' in said
-    tell([example_result('moe'), example_result('moe_merge')])
+    said_of([example_result('moe'), example_result('moe_merge')])
     said = capsys.readouterr().out
     assert 'moe_merge' in said and ' to ' not in said and 'tell' not in said
 
 def test_the_page_has_them_where_the_command_has():
-    assert 'one_run' in chosen(demo('moe'))
-    assert chosen([example_result('moe')]) == [*NOTEBOOKS]
-    assert chosen(demo('moe'), with_stored=True)[-2:] == [*STORED]
+    known, unknown = beside_stored(demo('moe')), beside_stored([example_result('moe')])
+    assert 'one_run' in chosen(known)
+    assert chosen(unknown) == [*NOTEBOOKS]
+    assert chosen(known, with_stored=True)[-2:] == [*STORED]
 
 def test_a_run_that_is_there_twice_counts_once(tmp_path, capsys):
     run = example_result('moe')

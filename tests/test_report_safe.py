@@ -16,7 +16,7 @@ import pytest
 from moe_merge_nb.learn.results import example_result
 from moe_merge_nb.learn.saved import save_result
 from moe_merge_nb.run.page import page
-from moe_merge_nb.run.report import NOTEBOOKS
+from moe_merge_nb.run.figures import NOTEBOOKS
 from moe_merge_nb.safe.shown import plain_markdown, visible
 from moe_merge_nb.study.words import Said, frame_html
 

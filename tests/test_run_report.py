@@ -3,7 +3,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from moe_merge_nb.run.page import *
-from moe_merge_nb.run.report import *
+from moe_merge_nb.run.figures import figure_notebooks, report
 from moe_merge_nb.learn.results import example_result
 from moe_merge_nb.learn.saved import save_result
 

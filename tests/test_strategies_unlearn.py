@@ -15,7 +15,7 @@ from moe_merge_nb.run.extending import extend
 from moe_merge_nb.run.job import job
 from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.reproduce import again
-from moe_merge_nb.run.report import tell
+from moe_merge_nb.run.figures import beside_stored, tell
 from moe_merge_nb.run.runs import load_all
 from moe_merge_nb.run.share import load
 from moe_merge_nb.run.unlearning import unlearn
@@ -251,7 +251,7 @@ def test_the_report_tells_two_ways_of_forgetting_one_task_apart(here):
     runs, others = load_all([here/'run', here/'ways'])
     named = [f'moe_merge unlearn={STREAM.names[1]} unlearn_options.target={t}' for t in ('experts', 'routers')]
     assert [r.config['method'] for r in others] == named
-    tell(runs, others)                                                              # and no two agree
+    tell(runs, others, beside_stored(runs))                                        # and no two agree
 
 def test_a_quarter_is_held_out_where_nothing_is_said():
     assert [n_held(n, None) for n in (2, 48, 1000)] == [1, 12, 64] and n_held(48, 24) == 24

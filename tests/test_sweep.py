@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from moe_merge_nb.run.line import LAUNCHER
+from moe_merge_nb.run import cli
 from moe_merge_nb.run.sweep import at_once, side_by_side
+from moe_merge_nb.run.workers import hired
 from moe_merge_nb.safe.checkpoint import read_tree
 from test_cli_process import TINY
 from toys import begin, end
@@ -96,6 +98,27 @@ def test_a_second_ctrl_c_ends_all_at_once(started):
     p.send_signal(signal.SIGINT)
     assert 'interrupted' in p.communicate(timeout=300)[1]
     assert not any(map(alive, workers))
+
+def test_workers_that_are_there_already_are_taken_and_the_others_are_ended(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path/'who.py').write_text('import os, sys\ndef who(job): return os.getpid(), "wave" in sys.modules')
+    from who import who
+    three = [hired('wave') for _ in range(3)]
+    made = side_by_side(who, [0, 1, 2], 2, three)
+    assert {pid for pid, _ in made} <= {w.process.pid for w in three[:2]} and all(there for _, there in made)
+    assert all(w.process.poll() is not None for w in three)
+
+@pytest.mark.parametrize('line, n', [
+    ('method=moe', 0),
+    ('-m seed=0,1', 0),
+    ('-m seed=0,1 hydra/launcher=processes', 2),
+    ('--multirun experiment=demo', 2)])
+def test_a_sweep_side_by_side_has_workers_from_the_beginning(line, n, monkeypatch):
+    monkeypatch.setattr(cli, 'JOB', 'math')
+    monkeypatch.setattr(os, 'cpu_count', lambda: 8)
+    with cli.spare(line.split()) as workers:
+        assert len(workers) == n and all(w.process.poll() is None for w in workers)
+    assert all(w.process.poll() is not None for w in workers)
 
 def test_how_many_processes():
     assert at_once(4, 2) == 2 and at_once(2, 9) == 2 and 1 <= at_once(-1, 9) <= 9
