@@ -176,15 +176,18 @@ def mix_few(
     used:Tensor, # (used,) those with an open gate
 )->Tensor: # (batch, tokens, width)
     "The mixture by one product for all sequences: for evaluation, where few experts are in use."
-    few, weights = [experts[e] for e in used.tolist()], gates[:, used.to(x.device)] * experts[0].scale
+    few, weights = [experts[e] for e in used.tolist()], gates.index_select(1, used.to(x.device)) * experts[0].scale
     down, b_down = torch.cat([e.down.weight for e in few]), torch.cat([e.down.bias for e in few])
     up, b_up = torch.cat([e.up.weight for e in few], 1), torch.stack([e.up.bias for e in few])
-    hidden = F.linear(x, down, b_down).relu_()                              # (batch, tokens, used*r)
-    hidden *= weights.repeat_interleave(len(down) // len(few), 1)[:, None]
+    hidden = F.linear(x, down, b_down).relu_().mul_(weights.repeat_interleave(len(down) // len(few), 1)[:, None])
     return F.linear(hidden, up).add_((weights @ b_up)[:, None])
 
 # %% ../../nbs/3_layer/03_mix.ipynb #64c7127b
 GATHER = 16e6 # bytes of gathered weights up to which copies are cheap
+def _way(x, experts, k): # how sequences with k experts each are mixed, and how many experts in use are few
+    (r, d), tokens = experts[0].down.weight.shape, x.shape[1]
+    if 2*r > tokens and 2*len(x)*k*r*d*x.element_size() > GATHER: return segments, 2*k
+    return gathered, (1 + 2*r / tokens)*k
 
 def mix_selected(
     x:Tensor, # (batch, tokens, width)
@@ -193,18 +196,15 @@ def mix_selected(
 )->Tensor: # (batch, tokens, width)
     "The mixture in the way that is fast for these shapes."
     if not len(x): return torch.zeros_like(x)
-    r, d = experts[0].down.weight.shape
-    chosen, weights = selected(gates)                                       # (batch, k)
-    few_tokens, copies = 2*r > x.shape[1], 2*chosen.numel()*r*d*x.element_size()
-    way = segments if few_tokens and copies > GATHER else gathered
-    if not (torch.is_grad_enabled() or experts.training):
-        used, few = chosen.unique(), 2 if way is segments else 1 + 2*r / x.shape[1]
-        if len(used) <= few * chosen.shape[1]: return mix_few(x, gates, experts, used)
-    return way(x, experts, chosen, weights)
+    if not (torch.is_grad_enabled() or experts.training):                   # nobody needs an order
+        is_open = gates.cpu() > 0
+        k, used = int(is_open.sum(1).max()), is_open.any(0).nonzero().flatten()
+        if k and len(used) <= _way(x, experts, k)[1]: return mix_few(x, gates, experts, used)
+    chosen = selected(gates)                                                # (batch, k) experts, weights
+    return _way(x, experts, chosen[0].shape[1])[0](x, experts, *chosen)
 
 # %% ../../nbs/3_layer/03_mix.ipynb #56b054e9
 BANK = 128e6 # bytes of experts that may be stacked
-
 def _banked(x, most, experts): # is it known how many gates are open, and is `mix_banked` the way to go?
     if x.is_cpu or torch.is_grad_enabled() or most is None: return False
     return 2*len(experts)*experts[0].down.weight.nbytes <= BANK

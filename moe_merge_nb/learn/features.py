@@ -128,12 +128,13 @@ def uses(self:Encoder,
 FEW = 4 # images that a batch has at least
 
 def _encode(encoder, x, s, over): # (n, 3, H, W) -> (n, d), (n, blocks x experts)
-    "Features of a batch, and the experts it went through."
-    probe, n = Uses(), len(x)
+    "Features of a batch, and the experts it went through, if anything is kept."
+    probe, n = Uses() if encoder.cache.limit else None, len(x)
     x = x if n >= FEW else x[torch.arange(FEW) % n]
     x = x.to(encoder.model.logit_scale.device, non_blocking=True)
     z = encoder.model.encode_image(x, s, probe, **other(over))
-    return z[:n], probe.of(encoder.model, 'image', len(x))[:n]
+    used = probe.of(encoder.model, 'image', len(x))[:n] if probe else torch.zeros(n, 0, dtype=torch.bool)
+    return z[:n], used
 
 # %% ../../nbs/6_learn/09_features.ipynb #61bf834a
 @patch
@@ -171,8 +172,15 @@ def plain(self:Encoder,
     "Features of some test images by the frozen CLIP, for selectors, and labels."
     def compute(rows):
         self.passes['images'] += len(rows)
-        some = Subset(task.test, rows.tolist())
-        found = dataset_features(self.model.clip, some, self.batch, self.workers)
+        found = self.frozen(task, rows)
         check_features(found[0], rows, task.test, self.model.clip, said=f'task {task.name!r}, test images {by(-1)}')
         return found, torch.zeros(len(rows), 0, dtype=torch.bool)
     return self.cache.get('image', self.source(task.test), -1, index, compute=compute)
+
+@patch
+def frozen(self:Encoder,
+    task:Task,
+    index:Tensor, # (n,) of test images of `task`
+)->tuple[Tensor, Tensor]: # (n, F), (n,)
+    "`plain`, computed."
+    return dataset_features(self.model.clip, Subset(task.test, index.tolist()), self.batch, self.workers)

@@ -98,21 +98,27 @@ PACKED = [ # what is no text
     ('fixed', 'expert', int),
 ]
 
-def _merge_event(r):
-    n = int(float(r.value))
-    return dict(kind='merge', task=r.after, tower=r.tower, block=int(r.block), count=n)
+def _event(r):
+    return dict(kind='merge', task=r.after, tower=r.tower, block=int(r.block), count=int(float(r.value)))
 
-def _unlong(keys, df):
-    "The run of some rows."
+def _run(i, config, tables, events):
+    mine = {t: each[i] for t, each in tables.items()}
+    tasks = list(dict.fromkeys(mine['matrix'].after))
+    return Result({**config, 'tasks': tasks}, **mine, events=events)
+
+def _by_run(table, run, n): # a table of n runs -> that of each
+    found = {i: rows.reset_index(drop=True) for i, rows in table.groupby(run)}
+    return [found[i] if i in found else table[:0] for i in range(n)]
+
+def _tables(df, run, n):
+    "The tables of n runs by name, from all their rows."
     tables = {}
     for kind, (t, value) in KINDS.items():
-        rows = df[df.kind == kind].rename(columns={'value': value or '_'})
-        tables[t] = rows[TABLES[t]].reset_index(drop=True)
-    for t, c, to in PACKED: tables[t][c] = tables[t][c].astype(float).astype(to)
-    for t in tables.values(): in_range(even(t))
-    events = [_merge_event(r) for r in df[df.kind == 'merge'].itertuples()]
-    tasks = list(dict.fromkeys(tables['matrix'].after))
-    return Result({**_nested(keys), 'tasks': tasks}, **tables, events=events)
+        mine = (df.kind == kind).to_numpy()
+        rows = df[mine].rename(columns={'value': value or '_'})[TABLES[t]].reset_index(drop=True)
+        for c, to in [(c, to) for name, c, to in PACKED if name == t]: rows[c] = rows[c].astype(float).astype(to)
+        tables[t] = _by_run(in_range(even(rows)), run[mine], n)
+    return tables
 
 # %% ../../nbs/6_learn/16_pack.ipynb #bfd49804
 def unpack(
@@ -126,8 +132,12 @@ def unpack(
     if missing: raise ValueError(f'{file} lacks the columns {sorted(missing)}: it was not written by `pack`')
     keys = list(df.columns[:list(df.columns).index('kind')])
     def runs(p):
-        groups = even(df).groupby(keys, sort=False)[['kind', *COLUMNS, 'value']]
-        return [_unlong(dict(zip(keys, k)), rows) for k, rows in groups]
+        groups = even(df).groupby(keys, sort=False)
+        run, configs = groups.ngroup().to_numpy(), [_nested(dict(zip(keys, k))) for k in groups.groups]
+        tables, events = _tables(df, run, len(configs)), [[] for _ in configs]
+        merges = (df.kind == 'merge').to_numpy()
+        for i, r in zip(run[merges], df[merges].itertuples()): events[i].append(_event(r))
+        return [_run(i, config, tables, events[i]) for i, config in enumerate(configs)]
     return read_file(file, runs)
 
 # %% ../../nbs/6_learn/16_pack.ipynb #04c9e675

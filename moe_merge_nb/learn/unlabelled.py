@@ -12,10 +12,10 @@ import torch
 from torch import nn, Tensor
 from ..layer.moe import Over
 from .cache import Cache, Uses
-from .evaluate import answers, predicted, views_of
+from .evaluate import answers, scored, views_of
 from .features import Encoder
 from .views import View, cosine_logits, routed
-from ..select.select import Oracle
+from ..select.select import Oracle, frozen_features
 from ..streams.given import Chunk, chunks, listed
 
 # %% ../../nbs/6_learn/13_unlabelled.ipynb #3060c878
@@ -36,7 +36,17 @@ class TextKept(Encoder):
         index:Tensor, # (n,) of its images
     )->Iterator[Tensor]: # (batch, 3, size, size)
         "What lies in memory already."
-        for some in index.split(self.batch): yield task.test.images[some]
+        images = task.test.images
+        yield from (images if len(index) == len(images) else images[index]).split(self.batch)
+
+    def frozen(self,
+        task:Any, # with .test, a `Chunk`
+        index:Tensor, # (n,) of its images
+    )->tuple[Tensor, Tensor]: # (n, F), (n,) of 0
+        "What `dataset_features` says of them."
+        clip, device = self.model.clip, self.model.logit_scale.device
+        parts = [frozen_features(clip, x.to(device)).cpu() for x in self.loaded(task, index)]
+        return torch.cat(parts), torch.zeros(len(index), dtype=torch.long)
 
 # %% ../../nbs/6_learn/13_unlabelled.ipynb #d251d53a
 class Asked(NamedTuple):
@@ -75,8 +85,7 @@ def groups(
             plain['logits'] = cosine_logits(model, plain['embedding'].to(w.device), w)
         how = dict(plain=plain, chosen={q.name: chosen}, words=words, columns=q.columns)
         rows, view = views_of(s, encoder, stream, i, **how)[space]
-        predicted(predict, view) # refuses what is no prediction
-        yield Group(rows, s, predict(view), q.classes(i, space))
+        yield Group(rows, s, scored(predict, view), q.classes(i, space))
 
 # %% ../../nbs/6_learn/13_unlabelled.ipynb #855e05b2
 @torch.no_grad()

@@ -9,6 +9,7 @@ __all__ = ['show', 'tidy', 'command', 'rewritten', 'message', 'start']
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 import torch
 from accelerate import PartialState
@@ -24,6 +25,7 @@ from .jobs import distinct, take_over
 from .line import ASKS, HOW, sweeps
 from .options import configure
 from .rewrite import rewrite_run
+from .workers import Worker
 from .unlearning import unlearn_job
 
 # %% ../../nbs/run/09_command.ipynb #945d7bcb
@@ -99,14 +101,17 @@ def message(e:Exception)->str:
     cause = getattr(e, '__cause__', None)
     return f'{e}\n{cause}' if isinstance(e, HydraException) and cause else str(e)
 
-def start()->None:
+# %% ../../nbs/run/09_command.ipynb #669bedb2
+def start(
+    ready:Sequence[Worker]=(), # for a sweep
+)->None:
     "Run the job or the sweep that the arguments of this process ask for."
     asked = os.environ.get('HYDRA_FULL_ERROR')
     os.environ['HYDRA_FULL_ERROR'] = '1'
     try:
         configure(sys.argv[1:])
         if not sweeps(sys.argv[1:]): distinct([sys.argv[1:]])
-        take_over()
+        take_over(ready)
         hydra_main(config_name='moe_merge', **HOW)(command)()
     except (ValueError, HydraException, OSError) as e:
         if asked == '1': raise

@@ -16,6 +16,7 @@ from .config import CHANGES
 from .job import UsageError
 from .line import LAUNCHER
 from .sweep import Processes
+from .workers import Worker
 
 # %% ../../nbs/run/07_jobs.ipynb #edc163f3
 PARTS = ('experts', 'freeze', 'merge', 'baseline', 'head') # of a method, or null
@@ -86,8 +87,10 @@ class DistinctJobs(Sweeper):
         return batches
 
 # %% ../../nbs/run/07_jobs.ipynb #5cf9d8cb
-def take_over():
+def take_over(
+    ready:Sequence[Worker]=(), # of a sweep
+):
     "Hydra uses it, and our launcher, from now on."
     known = Plugins.instance().class_name_to_class
     known[f'{BASIC}.BasicSweeper'] = DistinctJobs
-    known[LAUNCHER['_target_']] = Processes
+    known[LAUNCHER['_target_']], Processes.ready = Processes, ready

@@ -9,7 +9,7 @@ __all__ = ['METRICS', 'NARROWEST', 'KIND', 'PARTS', 'MEANS', 'prediction_interva
 # %% ../../nbs/11_study/10_one_run.ipynb #4ef5d2a5
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -98,9 +98,9 @@ def cannot_tell(
     stored:Iterable[Result],
 )->str:
     "What one run of each method leaves open, and what the stored pairs of runs found."
-    runs = [r for r in stored if r.config['method'] in ('moe', 'moe_merge')]
-    rows = effects(runs, 'moe')
-    row = rows[(rows.selector == 'oracle') & (rows.metric == 'Last')].iloc[0]
+    both = [r for r in stored if r.config['method'] in ('moe', 'moe_merge')]
+    known = [replace(r, matrix=r.matrix[r.matrix.selector == 'oracle']) for r in both]
+    row = effects(known, 'moe').set_index('metric').loc['Last']
     return (
         'One run of each cannot tell methods apart: their ranges overlap. Pairs of runs of the stored study can: '
         f"moe_merge ends {row['mean']:+.2f} points of Last from moe with the task known "
