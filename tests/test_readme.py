@@ -74,9 +74,7 @@ SMALL = ['stream=toy', 'stream.n_tasks=1', 'model=random', 'train.batch=4', 'exp
          'selectors=[oracle]']
 HERE = {  # the beginning of a line -> what is added to it
     'moe-merge merge.combine=my_rules': [*SMALL, 'train.iterations=4'],
-    'moe-merge -m': [
-        *SMALL, 'train.iterations=40', 'train.batch=2', 'stream.n_classes=1', 'stream.n_train=4', 'stream.n_test=2',
-        'merge.until=1', 'hydra.launcher.n_jobs=1'],
+    'moe-merge -m': [*SMALL, 'train.iterations=40', 'merge.until=1', 'hydra.launcher.n_jobs=1'],
     'moe-merge seed=0': [],
     'moe-merge rewrite=': [],
     'moe-merge extend=': []}
