@@ -25,12 +25,13 @@ SWEEP = [
     'experts.shared_init=true',
     'merge.every=1',
     'merge.until=1',
+    'selectors=[oracle]',
     'hydra/launcher=processes',
     'hydra.launcher.n_jobs=1',
     'hydra.sweep.dir=sweep',
     'hydra.sweep.subdir=${hydra.job.num}',
 ]
-LONG = ['train.iterations=40', 'save_every=4', 'selectors=[oracle]', 'hydra.run.dir=run']
+LONG = ['train.iterations=20', 'save_every=4', 'selectors=[oracle]', 'hydra.run.dir=run']
 BAD = [
     ('experts.top_k=5', 'top_k is 5, but there are 4 experts'),
     ('experts.ranks=8', 'ranks'),
@@ -69,7 +70,7 @@ def saved(run):
     except (OSError, RuntimeError): return 0, 0  # it is being replaced at this moment
     snapshot = tree['snapshot'] or {}
     if 'task' in snapshot: return tree['done'], snapshot['task']['iteration']
-    return tree['done'], 40 if snapshot else 0
+    return tree['done'], 20 if snapshot else 0
 
 def interrupted(cwd, args, number):
     "Start the command, and end it with this signal when more is saved than before; its exit code."

@@ -9,7 +9,7 @@ from moe_merge_nb.learn.learner import *
 from moe_merge_nb.learn.settings import Train
 from moe_merge_nb.learn.train import *
 from moe_merge_nb.learn.callbacks import *
-def trained(rule, n_tasks=1, callbacks=()):
+def trained(rule, n_tasks=1, callbacks=(), iterations=16):
     "A small model after `n_tasks` toy tasks under `rule`, with its learners and the callback."
     clip, tokenizer = load_clip('pico', 'random')
     torch.manual_seed(0)
@@ -17,7 +17,8 @@ def trained(rule, n_tasks=1, callbacks=()):
     learners = []
     for t, task in enumerate(toy_stream(n_tasks)):
         model.add_task()
-        settings, around = Train(iterations=16, batch=8, lr=1e-2, warmup=2), [merge, FreezeMostUsed(), *callbacks]
+        settings = Train(iterations=iterations, batch=8, lr=1e-2, warmup=2)
+        around = [merge, FreezeMostUsed(), *callbacks]
         learners.append(train_task(model, task, t, tokenizer, settings=settings, callbacks=around))
     return model, learners, merge
 
@@ -36,10 +37,10 @@ def test_a_fitted_merge_sees_what_the_blocks_read_and_training_goes_on_as_it_wou
             before, self.x = torch.get_rng_state(), tokens_read(learner, images=4, tokens=50)
             self.same = torch.equal(before, torch.get_rng_state()) and learner.model.training
     look = Look()
-    model, _, _ = trained(Merge(every=4, fit=True, start='merged'), n_tasks=2, callbacks=[look])
+    model, _, _ = trained(Merge(every=4, fit=True, start='merged'), n_tasks=2, callbacks=[look], iterations=8)
     assert look.same and set(look.x) == {(m.tower, m.block) for m in model.moes}
     assert all(x.shape[1] == m.width and 0 < len(x) <= 50 for m, x in zip(model.moes, look.x.values()))
-    plain, _, _ = trained(Merge(every=4, start='merged'), n_tasks=2)
+    plain, _, _ = trained(Merge(every=4, start='merged'), n_tasks=2, iterations=8)
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters()))
 
 
@@ -71,13 +72,13 @@ def test_frozen_experts_are_never_overwritten_during_training():
             same = [torch.equal(t, read(expert)[n]) for expert, s in self.kept for n, t in s.items()]
             self.ok = all(same) and len(same) > 0
     watch = Watch()
-    trained(Merge(every=3), n_tasks=2, callbacks=[watch])
+    trained(Merge(every=3), n_tasks=2, callbacks=[watch], iterations=8)
     assert watch.ok
 
 
 def test_protect_spares_the_experts_of_finished_tasks():
-    _, learners, merge = trained(Merge(every=3, protect=True), n_tasks=2)
+    _, learners, merge = trained(Merge(every=3, protect=True), n_tasks=2, iterations=8)
     events = [e for e in learners[1].events if e['kind'] == 'merge']
-    first_task = trained(Merge(every=3, protect=True), n_tasks=1)[2].protected
+    first_task = trained(Merge(every=3, protect=True), n_tasks=1, iterations=8)[2].protected
     assert all(e['target'] not in first_task[e['tower'], e['block']] for e in events)
     assert all(first_task.values())

@@ -29,7 +29,7 @@ torch.manual_seed(0)
 image = CLIPVisionCfg(image_size=32, patch_size=16, width=16, layers=2, head_width=8)
 text = CLIPTextCfg(context_length=20, vocab_size=4514, width=16, heads=2, layers=2)
 backbone = CLIP(16, image, text).eval().requires_grad_(False), pico_tokenizer()
-quick = Train(iterations=10, batch=8, lr=1e-2, warmup=2)
+quick = Train(iterations=8, batch=8, lr=1e-2, warmup=2)
 from moe_merge_nb.learn import loop # tests patch names of the module
 def small(name='moe_merge', **kw):
     "A method that runs in half a second."
@@ -54,16 +54,16 @@ from unittest.mock import patch
 from moe_merge_nb.learn import state
 class PullThePlug(Callback):
     "Interrupts the run in its second task, once."
-    def __init__(self, flag, act): self.flag, self.act = Path(flag), act
+    def __init__(self, flag, act, at=6): self.flag, self.act, self.at = Path(flag), act, (1, at)
     def loss(self, learner, images, labels):
-        if (learner.index, learner.iteration) != (1, 6) or self.flag.exists(): return
+        if (learner.index, learner.iteration) != self.at or self.flag.exists(): return
         self.flag.touch()
         self.act()
 def joined(callback):
     "Methods whose callbacks are joined by one more."
     real = state.callbacks
     return patch.object(state, 'callbacks', lambda method: [*real(method), callback])
-def plugged(flag, act): return joined(PullThePlug(flag, act))
+def plugged(flag, act, at=6): return joined(PullThePlug(flag, act, at))
 def pull(): raise MemoryError
 def same(a, b):
     "Are the two results equal, bit for bit?"
@@ -144,12 +144,12 @@ def test_every_method_goes_on_in_the_middle_of_a_task():
     from moe_merge_nb.baselines.methods import METHODS
     for m in METHODS.values():
         if m.tune == 'nothing' or m.name in ('adapter', 'moe'): continue
-        short = shortened(m, 7, merge=m.merge and Merge(every=2), selectors=m.selectors[:1])
-        if m.name == 'zscl': short = replace(short, baseline=replace(m.baseline, every=3, l2=.1, n=64, batch=8))
+        short = shortened(m, 4, merge=m.merge and Merge(every=2), selectors=m.selectors[:1])
+        if m.name == 'zscl': short = replace(short, baseline=replace(m.baseline, every=2, l2=.1, n=64, batch=8))
         straight = learned(short)
-        with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull):
-            with pytest.raises(MemoryError): learned(short, directory=f'{d}/run', save_every=5)
-            assert iteration_saved(f'{d}/run') == 5, m.name
+        with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull, 3):
+            with pytest.raises(MemoryError): learned(short, directory=f'{d}/run', save_every=3)
+            assert iteration_saved(f'{d}/run') == 3, m.name
             same(learned(short, directory=f'{d}/run'), straight)
 
 

@@ -125,7 +125,7 @@ def test_merges_that_could_never_happen_are_refused_by_field(what, tmp_path):
     assert not (tmp_path/'run').exists()
 
 def test_the_smallest_that_can_be_merged_is_and_what_cannot_be_known_is_a_warning():
-    result = job(composed(*QUICK, 'experts.n_experts=3', 'train.batch=24'), progress=False)
+    result = job(composed(*QUICK, 'experts.n_experts=3', 'train.batch=24', 'selectors=[oracle]'), progress=False)
     assert 'merge' in [e['kind'] for e in result.events]
     with pytest.raises(ValueError, match='merge is .*only experts'):
         Method('m', tune='backbone', experts=None, freeze=None, merge=Merge())

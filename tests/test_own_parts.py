@@ -10,7 +10,9 @@ from moe_merge_nb.run.share import load, save
 from test_page_extend import FUNCTIONS, MODULES, SELECTOR
 from toys import LEFT, SMALL, begin, end, killed
 
-FEW = [*SMALL, 'save_every=2', 'train.iterations=4', 'merge.every=2']
+FEW = [
+    *SMALL, 'save_every=2', 'train.iterations=4', 'train.batch=4', 'merge.every=2', 'stream.n_train=12',
+    'stream.n_test=6']
 LEARNING = [
     'merge.combine=my_parts.strongest', 'selectors=[oracle,my_parts.Nearest]', 'predict=my_parts.sharper']
 KINDS = {  # what stands in one run -> arguments

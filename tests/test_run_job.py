@@ -14,7 +14,8 @@ tiny = (
     'train.warmup=1',
     'train.batch=8',
     'experts.n_experts=4',
-    'experts.rank=2')
+    'experts.rank=2',
+    'selectors=[oracle,gaussian]')
 
 
 def test_the_published_number_of_parameters():

@@ -14,12 +14,14 @@ def test_a_result_is_made_again_from_its_stored_configuration_alone():
         'stream=toy',
         'stream.n_tasks=2',
         'model=random',
-        'train.iterations=6',
+        'stream.n_train=24',
+        'stream.n_test=8',
+        'train.iterations=4',
         'train.warmup=1',
         'train.batch=8',
         'seed=5',
         'data_seed=1')
-    moe = 'experts.n_experts=4', 'experts.rank=2', 'merge.every=3'
+    moe = 'experts.n_experts=4', 'experts.rank=2', 'merge.every=3', 'selectors=[oracle,gaussian]'
     said = '''version commit dirty config_hash seed data_seed device torch numpy open_clip_torch python machine threads
         seconds'''.split()
     for options in (

@@ -1,5 +1,6 @@
 import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
+from functools import cache
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.baselines.methods import method
 from moe_merge_nb.layer.kinds import Experts
@@ -12,12 +13,17 @@ def tiny():
     m = method('moe_merge', selectors=('oracle',), experts=Experts(n_experts=6, rank=4))
     return replace(m, train=replace(m.train, iterations=12, batch=8, warmup=2))
 
+@cache
+def looked():
+    "What is seen while it is trained; the model."
+    return watched(toy_stream(2), tiny(), 3, load_clip(pretrained='random'))
+
 
 def test_looking_changes_nothing_and_the_merges_are_the_runs_own():
     small, clip = tiny(), load_clip(pretrained='random')
     log = None
     for m in (small, replace(small, merge=None)):
-        seen, model = watched(toy_stream(2), m, 3, clip, rule=small.merge)
+        seen, model = looked() if m.merge else watched(toy_stream(2), m, 3, clip, rule=small.merge)
         ran = run(toy_stream(2), m, 3, clip, progress=False)
         merges = [e for e in ran.events if e['kind'] == 'merge']
         log = {(e['task'], e['iteration'], e['tower'], e['block']): e['target'] for e in merges} or log
@@ -30,7 +36,7 @@ def test_looking_changes_nothing_and_the_merges_are_the_runs_own():
 
 
 def test_measurements_hang_together():
-    t = pd.DataFrame(watched(toy_stream(2), tiny(), 1, load_clip(pretrained='random'))[0])
+    t = pd.DataFrame(looked()[0])
     at = lambda measure, who: t[(t.measure == measure) & (t.who == who)].reset_index(drop=True)
     put_back = at('this task: loss', 'before').value.round(5)
     assert (at('stand-in loss', 'sources').value.round(5) == put_back).all()

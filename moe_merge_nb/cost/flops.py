@@ -9,6 +9,7 @@ __all__ = ['Demand', 'demand', 'counted', 'block_flops', 'Sizes', 'mixture_flops
 # %% ../../nbs/cost/10_flops.ipynb #b349580e
 import copy
 from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import NamedTuple
 import pandas as pd
 import torch
@@ -91,6 +92,7 @@ def sequence_flops(
     tokens:int, # of the image or the prompt
     sizes:Sizes|None=None, # of the mixtures; None: plain CLIP
     training:bool=False, # with noise, and backward
+    each:Callable=block_flops, # what one frozen block takes
 )->int: # FLOPs
     "FLOPs of one image or one prompt."
     blocks, image = towers(clip)[tower], tower == 'image'
@@ -98,7 +100,7 @@ def sequence_flops(
     ends = 2 * (clip.visual.proj if image else clip.text_projection).numel()
     patches = 2 * clip.visual.conv1.weight.numel() * (tokens - 1) if image else 0
     last = (1 if image else 2) if sizes else None # tokens that are read
-    frozen = {r: block_flops(blocks[0], tokens, r) for r in {None, last}}
+    frozen = {r: each(blocks[0], tokens, r) for r in {None, last}}
     total = patches + ends * (1 + training)
     for i, r in enumerate([None] * (n - 1) + [last]):
         forward, backward = frozen[r]
@@ -132,13 +134,14 @@ def run_flops(
 )->pd.DataFrame: # one row per task, FLOPs
     "What every task costs in a run: its training, and all evaluations on its test images."
     demands, N, first = list(demands), image_tokens(clip), towers(clip)['text'][0]
-    image = {s: sequence_flops(clip, 'image', N, s) for s in (None, sizes)}
+    flops = partial(sequence_flops, clip, each=cache(block_flops))          # many prompts are of one length
+    image = {s: flops('image', N, s) for s in (None, sizes)}
     lengths = {n for d in demands for n in d.lengths}
-    text = {(n, s): sequence_flops(clip, 'text', n, s) for n in lengths for s in (None, sizes)}
-    trained, rows = sequence_flops(clip, 'image', N, sizes, training=True), []
+    text = {(n, s): flops('text', n, s) for n in lengths for s in (None, sizes)}
+    trained, rows = flops('image', N, sizes, training=True), []
     for i, d in enumerate(demands):
         per_image, per_prompt = passes(len(demands), i, fitted)
-        each = sequence_flops(clip, 'text', d.lengths[0], sizes, training=True)
+        each = flops('text', d.lengths[0], sizes, training=True)
         once = block_flops(first, d.lengths[0])[0]
         plain, mixed = (d.classes * sum(text[n, s] for n in d.lengths) for s in (None, sizes))
         rows.append({

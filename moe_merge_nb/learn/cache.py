@@ -9,7 +9,7 @@ __all__ = ['digest', 'Versions', 'versions', 'rest_of', 'Uses', 'Rows', 'merged'
 import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import Any
 import torch
@@ -43,12 +43,13 @@ class Versions:
 def versions(model:AdaptedCLIP)->Versions:
     "The present version of every part of `model`."
     experts, routers = {}, {}
+    now = partial(content, classes={})
     for tower in ('image', 'text'):
         moes = [m for m in model.moes if m.tower == tower]
         experts[tower] = []
         for m in moes:
-            with m.store.at_hand(m): experts[tower] += map(content, m.experts)
-        routers[tower] = [content([m.routers[s] for m in moes]) for s in range(model.n_tasks)]
+            with m.store.at_hand(m): experts[tower] += map(now, m.experts)
+        routers[tower] = [now([m.routers[s] for m in moes]) for s in range(model.n_tasks)]
     return Versions(rest_of(model), experts, routers)
 
 def rest_of(model:AdaptedCLIP)->bytes:

@@ -140,11 +140,11 @@ def task_counts(
     predict:Callable[[View], Tensor], # view -> (n, classes)
     classes:Sequence[str], # label spaces
     words:Callable[..., Tensor], # see `views_of`
+    columns:Tensor, # of `one_per_name`
 )->Tensor: # (label spaces, selectors, 2 + tasks), int64
     "`count_right` for test images of task `i`, in every label space."
-    plain, columns = plain_pass(encoder, stream[i], index), one_per_name(stream, encoder.tokenizer)
-    n_tasks, features = len(stream), plain['features']
-    chosen = {name: answers(name, s, features, task=i, n_tasks=n_tasks) for name, s in selectors.items()}
+    plain, n_tasks = plain_pass(encoder, stream[i], index), len(stream)
+    chosen = {name: answers(name, s, plain['features'], task=i, n_tasks=n_tasks) for name, s in selectors.items()}
     views = task_views(encoder, stream, i, plain=plain, chosen=chosen, words=words, columns=columns)
     first = sum(len(t.classes) for t in stream.tasks[:i]) # number of its first class
     labels = dict(task=plain['labels'], all=columns[first + plain['labels']])
@@ -213,6 +213,7 @@ def count_all(
     "`task_counts` of every task, for the test images of this process."
     words = functools.cache(lambda t, s, *over: encoder.classes(stream[t], s, *over))
     how = dict(selectors=selectors, predict=predict, classes=classes, words=words)
+    how |= dict(columns=one_per_name(stream, encoder.tokenizer))
     counts = torch.zeros(len(stream), len(classes), len(selectors), 2 + len(stream), dtype=torch.long)
     for i, task in enumerate(bar(stream)):
         index = images_of_process(len(task.test), accelerator)
@@ -241,8 +242,7 @@ def evaluate(
     training, cache = model.training, Cache(0) if cache is None else cache
     encoder = Encoder(model.eval(), tokenizer, cache, batch, workers=workers)
     bar = partial(tqdm, desc=f'evaluate after {after}', delay=2, leave=False, disable=not progress)
-    how = dict(predict=predict, classes=classes, accelerator=accelerator, bar=bar)
-    counts = count_all(encoder, stream, selectors, **how)
+    counts = count_all(encoder, stream, selectors, predict=predict, classes=classes, accelerator=accelerator, bar=bar)
     model.store.done()
     model.train(training)
     passes = total(torch.tensor([encoder.passes[k] for k in PASSES]), accelerator).tolist()

@@ -130,7 +130,8 @@ def accuracy_matrix(
     if selector is None and len(known) == 1: selector = known[0]
     if selector not in known: raise ValueError(f'selector={selector!r}: this run was evaluated with {known}')
     rows = result.matrix[result.matrix.selector == selector]
-    found = dict(zip(zip(rows.after, rows.task), rows.accuracy))
+    places = zip(*(rows[c].to_numpy(dtype=object) for c in ('after', 'task')))      # a column of texts is slow to walk
+    found = dict(zip(places, rows.accuracy))
     if len(found) < len(rows):
         raise ValueError(f'selector={selector!r}: some task was evaluated twice after one task')
     A = np.array([found.get(place, np.nan) for place in product(rows_of, columns_of)], dtype=float)

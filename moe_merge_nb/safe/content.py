@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOOKS', 'INSIDE', 'PLAIN', 'KINDS', 'held', 'is_data', 'of_function', 'names_of', 'of_class', 'Opaque', 'parts',
-           'content', 'tell', 'put_array']
+           'content', 'class_content', 'tell', 'put_array']
 
 # %% ../../nbs/safe/09_content.ipynb #70ecfcdd
 import hashlib
@@ -80,7 +80,6 @@ KINDS = ( # what it is -> its parts
     (CodeType, lambda c: [c.co_code, c.co_consts, c.co_names, c.co_varnames, c.co_freevars]),
     (CellType, lambda c: [c.cell_contents] if c != CellType() else []),
     (ModuleType, lambda v: [v.__name__]),
-    (type, of_class),
 )
 
 # %% ../../nbs/safe/09_content.ipynb #ab15a773
@@ -97,22 +96,35 @@ def parts(value:Any)->Any: # bytes, or parts that are things again
 # %% ../../nbs/safe/09_content.ipynb #d598aca0
 def content(
     *values:Any,
+    classes:dict[type, bytes]|None=None, # what is known of them: one dictionary for several contents of one moment
 )->bytes: # 32
     "SHA-256 of all that `values` hold."
     h = hashlib.sha256()
-    tell(h.update, values, {})
+    tell(h.update, values, {}, {} if classes is None else classes)
     return h.digest()
+
+def class_content(
+    cls:type,
+    classes:dict[type, bytes], # what is known
+)->bytes: # 32, or none while it is looked at
+    "The content of a class, looked at once."
+    if cls not in classes:
+        classes[cls] = b''
+        classes[cls] = content(of_class(cls), classes=classes)
+    return classes[cls]
 
 # %% ../../nbs/safe/09_content.ipynb #f4a3f29e
 def tell(
     put:Callable[[bytes], None],
     value:Any,
     seen:dict[int, tuple], # id -> its number, and itself, so that nobody else gets the id
+    classes:dict[type, bytes], # see `content`
 ):
     "Hand over all that `value` holds; what was handed over before is named by its number."
     put(f'<{type(value).__module__}.{type(value).__qualname__} '.encode())
     if isinstance(value, (Tensor, np.ndarray)): return put_array(put, value)
     if isinstance(value, (list, tuple)) and set(map(type, value)) <= set(PLAIN): return put(repr(value).encode())
+    if isinstance(value, type): return put(class_content(value, classes))
     if id(value) in seen: return put(f'{seen[id(value)][0]}'.encode())
     if not isinstance(value, PLAIN): seen[id(value)] = len(seen), value
     found = parts(value)
@@ -120,7 +132,7 @@ def tell(
     if isinstance(found, Opaque): return put(os.urandom(16))
     put(f'{len(found)}:'.encode())
     seen[id(found)] = len(seen), found
-    for part in found.items() if isinstance(found, dict) else found: tell(put, part, seen)
+    for part in found.items() if isinstance(found, dict) else found: tell(put, part, seen, classes)
     put(b'>')
 
 # %% ../../nbs/safe/09_content.ipynb #84fb1f4a
