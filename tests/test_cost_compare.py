@@ -33,6 +33,7 @@ def test_bare_is_plain_clip():
 def test_the_bare_towers_stay_on_the_device_they_are_moved_to(job):
     case, meta = make_case(load_clip('pico', 'random'), 3, 2), torch.device('meta')     # which has shapes, no numbers
     case.model.to(meta)
-    case.images, case.labels, case.learner.tokens = (t.to(meta) for t in (case.images, case.labels, case.learner.tokens))
+    case.images, case.labels = case.images.to(meta), case.labels.to(meta)
+    case.learner.tokens = case.learner.tokens.to(meta)
     case.learner.first = tuple(t.to(meta) for t in case.learner.first)
     job(case)                                                                           # a tensor left behind raises
