@@ -193,7 +193,9 @@ def shared_at(
 # %% ../../nbs/run/27_classify.ipynb #e6db9bda
 def strategy_of(shared:Shared)->Callable[[View], Tensor]:
     "How the run made predictions; ValueError for a strategy of somebody's own."
-    name = shared.provenance.get('predict', 'routed')
+    name, own = shared.provenance.get('predict', 'routed'), shared.provenance.get('predicts_by')
+    if own: raise ValueError(f'its method predicts by {own}, which a classifier does not ask: '
+                             'make a Classifier(model, tokenizer, tasks, selectors, predict=...) of your own')
     if isinstance(name, str) and name in STRATEGIES: return make_strategy(name)
     raise ValueError(f'it was evaluated with predict={name!r}, which is not of this package: '
                      'make a Classifier(model, tokenizer, tasks, selectors, predict=...) of your own')

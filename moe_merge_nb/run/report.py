@@ -21,7 +21,7 @@ def parser()->argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog='moe-merge-report',
         description='Print the table of a set of runs and draw all figures for them on one HTML page.')
-    runs = 'run directories, folders of them, or files packed by moe_merge_nb.learn.results.pack'
+    runs = 'run directories, folders of them, or files packed by moe_merge_nb.learn.pack.pack'
     out = 'the page (default: report.html in the first of RUNS, or beside it if that is a file)'
     stored = "also the package's own results, and published ones, after each figure and at the end"
     p.add_argument('runs', nargs='+', metavar='RUNS', help=runs)

@@ -26,12 +26,13 @@ class Stamp(NamedTuple):
     mtime_ns:int
     ctime_ns:int
     inode:int
+    device:int
 
 def stamp_of(path:str|Path)->Stamp|None:
     "The stamp of a file; None if there is no such file."
     try: info = os.stat(path)
     except OSError: return None
-    return Stamp(info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
+    return Stamp(info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino, info.st_dev)
 
 def sha256_of(content:object)->str: # 64 hexadecimal digits
     "SHA-256 of what JSON can hold."
