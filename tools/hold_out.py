@@ -3,10 +3,10 @@ the test images.
 
     python tools/hold_out.py SRC DST [--every 5]
 
-SRC/TASK/{train,test}/CLASS is read as stream=folder reads it; SRC/TASK/test is not. DST/TASK/train gets the other training
-images, DST/TASK/test the held out ones, all as copies; classes.txt and templates.txt are copied, too. DST must not exist;
-it is written beside its place and renamed when it is complete. The SHA-256 of DST/SHA256SUMS, the list of all files, is
-printed.
+SRC/TASK/train/CLASS is read as stream=folder reads it; SRC/TASK/test is not. DST/TASK/train gets the other
+training images, DST/TASK/test the held out ones, all as copies; classes.txt and templates.txt are copied, too. DST must
+not exist; it is written beside its place and renamed when it is complete. The SHA-256 of DST/SHA256SUMS, the list of
+all files, is printed.
 """
 import argparse
 import os
