@@ -1,7 +1,7 @@
 """The experiments on photographs: what is varied, what is not, and that the folder has to be named."""
 import pytest
-from omegaconf.errors import MissingMandatoryValue
 from moe_merge_nb.run.config import EXPERIMENTS, PHOTOS
+from moe_merge_nb.run.job import UsageError, job
 from moe_merge_nb.run.options import composed
 
 OF_PHOTOS = [e for e in EXPERIMENTS if e.startswith('photos')]
@@ -32,4 +32,4 @@ def test_a_job_of_each_is_a_run_on_the_folder_that_was_named(name):
     assert config.stream.root == '/photos' and list(config.stream.order) == tasks(PHOTOS[0])
     assert config.protocol == 'mini' and config.train.iterations == 150 and list(config.classes) == ['task', 'all']
     assert config.model.name == 'pico' and config.model.pretrained == 'w.safetensors' and config.stream.size == 32
-    with pytest.raises(MissingMandatoryValue): composed(f'experiment={name}', *first).stream.root
+    with pytest.raises(UsageError, match='root is missing: say root=FOLDER'): job(composed(f'experiment={name}', *first))
