@@ -32,4 +32,5 @@ def test_a_job_of_each_is_a_run_on_the_folder_that_was_named(name):
     assert config.stream.root == '/photos' and list(config.stream.order) == tasks(PHOTOS[0])
     assert config.protocol == 'mini' and config.train.iterations == 150 and list(config.classes) == ['task', 'all']
     assert config.model.name == 'pico' and config.model.pretrained == 'w.safetensors' and config.stream.size == 32
-    with pytest.raises(UsageError, match='root is missing: say root=FOLDER'): job(composed(f'experiment={name}', *first))
+    nowhere = composed(f'experiment={name}', *first)
+    with pytest.raises(UsageError, match='root is missing: say root=FOLDER'): job(nowhere)

@@ -4,7 +4,7 @@
 
 FOLDER holds FOLDER/SOURCE/CLASS/*.jpg; folders of the same name are one class. About 40 minutes on one core for 80,000
 images at factor 1 (0.24 s for each of 8,400 steps on images, 0.15 s for each of 450 on words, 0.7 s for each of 340 on
-both, a minute to read the images), about 1.3 GB of memory.
+both, a minute to read the images), about 1.5 GB of memory.
 The state is kept every 250 steps beside OUT; after a kill, the same command with --resume goes on there and ends with
 the same weights. OUT.json says what the weights were made of.
 
