@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= agg
 
-.PHONY: help demo test lab docs measure study clean install
+.PHONY: help demo test lab docs measure study photos clean install
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make study   run the study again: does merging help? (about 220 runs of 2 minutes on one core each; finished runs are kept)"
 	@echo "make measure run every other measurement again (an estimate: 90 minutes on two cores; finished runs are kept)"
+	@echo "make photos the question on photographs: PHOTOS=folder stream PRETRAIN=folder of other photographs WEIGHTS=file.safetensors (an estimate: 5 hours on one core)"
 	@echo "make docs   README.md and the site of all pages in _docs/"
 	@echo "make clean  remove what these commands made (not your runs)"
 
@@ -52,6 +53,16 @@ measure: install
 	$(BIN)/moe-merge -m experiment=combine_aligned
 	$(BIN)/python tools/reduce_runs.py shared runs/shared/*
 	$(BIN)/python tools/pack_runs.py
+
+# Both folders hold small photographs (moe-merge-data shrink makes such). The rates are chosen on held out training images.
+PHOTOS ?= photos32
+PRETRAIN ?= pretrain32
+WEIGHTS ?= pico_photo.safetensors
+photos: install
+	test -d $(PHOTOS)_held || $(BIN)/python tools/hold_out.py $(PHOTOS) $(PHOTOS)_held
+	test -f $(WEIGHTS) || $(BIN)/python tools/pretrain_photo.py $(PRETRAIN) $(WEIGHTS) --resume
+	for e in photos_rates photos_rates_full; do $(BIN)/moe-merge -m experiment=$$e root=$(PHOTOS)_held model.pretrained=$(WEIGHTS) || exit 1; done
+	for e in photos photos_bounds; do $(BIN)/moe-merge -m experiment=$$e root=$(PHOTOS) model.pretrained=$(WEIGHTS) || exit 1; done
 
 docs: install
 	$(BIN)/python tools/build_docs.py --site
