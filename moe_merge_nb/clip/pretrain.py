@@ -8,6 +8,7 @@ __all__ = ['History', 'Classes', 'stage_images', 'text_modules', 'stage_words', 
 
 # %% ../../nbs/2_clip/10_pretrain.ipynb #62c314d9
 import time
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 import torch
@@ -167,9 +168,10 @@ def pretrain(
     seed:int=0,
     checkpoint:str|Path|None=None, # file of the first stage's state
     progress:bool=True,
+    look:Callable[[Pictures, int], Views]=Views, # how they are shown: pictures, seed -> views
 )->tuple[CLIP, dict[str, History], dict[str, float]]: # the model; {stage: history}; {stage: seconds}
     "All three stages from random weights."
-    model, tokenizer, views = pico(seed).train(), pico_tokenizer(), Views(pictures, seed)
+    model, tokenizer, views = pico(seed).train(), pico_tokenizer(), look(pictures, seed)
     initialise(model, torch.cat([views(0, i, 500, .4)[0] for i in range(4)]))
     images, words, both = steps
     history, seconds, more = {}, {}, dict(progress=progress)

@@ -161,5 +161,13 @@ class Views:
     )->tuple: # images (n, 3, 32, 32) normalised, concepts (n,), the generator
         g = self.generator(stage, step)
         c = torch.multinomial(self.pictures.weights, n, replacement=not distinct, generator=g)
-        x = augment(self.pictures.draw(c, g), self.codes[c], pool=self.pool, s=s, generator=g)
-        return normalise(x*255), c, g
+        return normalise(self.look(c, s, g)*255), c, g
+
+    def look(self,
+        concepts:torch.Tensor, # (n,)
+        s:float, # strength of the variation, 0 ... 1
+        generator:torch.Generator,
+    )->torch.Tensor: # (n, 3, 32, 32) in 0 ... 1
+        "A varied view of a random picture of each."
+        drawn = self.pictures.draw(concepts, generator)
+        return augment(drawn, self.codes[concepts], pool=self.pool, s=s, generator=generator)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OFFERED', 'DEFAULTS', 'PROTOCOL_OF', 'CHANGES', 'FRESH', 'OURS', 'TWO', 'BOTH', 'FIVE', 'CELLS', 'TUNING', 'SHARED',
-           'EXPERIMENTS', 'stream_function', 'given', 'paired', 'ablated']
+           'EXPERIMENTS', 'PHOTOS', 'OF_PHOTOS', 'stream_function', 'given', 'paired', 'ablated']
 
 # %% ../../nbs/run/01_config.ipynb #ca2e7a7f
 import inspect
@@ -160,4 +160,22 @@ EXPERIMENTS |= {
         'order': [1, 2],
         'train.lr': [.01, .02, .04],
         **paired(*OURS, 'moe_copy', seed=[104])},
+}
+
+# %% ../../nbs/run/01_config.ipynb #3c255621
+PHOTOS = ['[Caltech101,DTD,Food101,MNIST,StanfordCars]', '[StanfordCars,Food101,MNIST,Caltech101,DTD]'] # Orders I, II
+OF_PHOTOS = dict(stream=['folder'], protocol=['mini'], classes=BOTH)
+EXPERIMENTS |= {
+    'photos': {**OF_PHOTOS, **paired('moe', 'moe_merge', 'moe_copy', order=PHOTOS, seed=[100, 101, 102])},
+    'photos_bounds': dict(method=['zero_shot', 'finetune', 'rail'], order=PHOTOS, seed=[100, 101, 102], **OF_PHOTOS),
+    'photos_rates': {
+        'train.lr': [.001, .003, .01, .02, .04],
+        **OF_PHOTOS,
+        **paired('moe', 'moe_merge', order=PHOTOS[:1], seed=[0, 1])},
+    'photos_rates_full': {
+        'train.lr': [.0001, .0002, .0005, .001, .002],
+        'method': ['finetune'],
+        'order': PHOTOS[:1],
+        'seed': [0, 1],
+        **OF_PHOTOS},
 }

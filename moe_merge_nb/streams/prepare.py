@@ -19,6 +19,7 @@ from ..safe.shown import shown
 from .datasets import Found, find, image_name
 from .mini import DOMAINS, draw_split
 from .miniature import miniature
+from .shrink import SUMS, per_class, shrink
 from .sources import ARCHIVES, MTIL
 
 # %% ../../nbs/1_streams/16_prepare.ipynb #afa447b7
@@ -126,19 +127,31 @@ _COMMANDS = dict(
     status='say what is there and whether it is complete',
     prepare='download what torchvision has a link for, and explain the rest',
     miniature='draw miniatures of all eleven datasets',
+    shrink='write small images of the datasets as a folder stream',
     pictures='draw five pictures of MTIL-mini that no run has seen, to be classified')
 _NO_CHECK = 'do not compare counts, class names and checksums: for trees that you made, such as miniatures'
 
+def _shrink_arguments(p):
+    "Of `moe-merge-data shrink`."
+    p.add_argument('root', help='folder of the datasets')
+    p.add_argument('to', help='folder to write them to')
+    p.add_argument('--tasks', metavar='NAME,...', default='', help=f"datasets (default: all): {' '.join(MTIL)}")
+    p.add_argument('--size', type=int, default=32, help='pixels, of both sides (default: 32)')
+    p.add_argument('--per-class', metavar='N/M', help='images of a class to train on and to test on (default: all)')
+    p.add_argument('--seed', type=int, default=0, help='of the choice of these images (default: 0)')
+
+# %% ../../nbs/1_streams/16_prepare.ipynb #86caf69e
 def _parser():
     "The arguments of `moe-merge-data`."
     p = argparse.ArgumentParser(prog='moe-merge-data', description=_ABOUT)
     sub = p.add_subparsers(dest='command', required=True)
     commands = [sub.add_parser(n, help=what, description=what) for n, what in _COMMANDS.items()]
-    status, prepare, miniature, pictures = commands
+    status, prepare, miniature, shrink, pictures = commands
     for q in (status, prepare):
         q.add_argument('names', nargs='*', metavar='NAME', help=f"datasets (default: all): {' '.join(MTIL)}")
         q.add_argument('--root', default='data', help='folder of the datasets (default: data)')
-    status.add_argument('--no-check', action='store_true', help=_NO_CHECK)
+    for q in (status, shrink): q.add_argument('--no-check', action='store_true', help=_NO_CHECK)
+    _shrink_arguments(shrink)
     status.add_argument('--decode', action='store_true', help='open every image')
     miniature.add_argument('root', help='folder to write them to')
     pictures.add_argument('folder', help='folder to write them to')
@@ -185,11 +198,19 @@ def _miniature(args):
     print(f'miniatures of {len(MTIL)} datasets are in {root}; '
           f'use them with stream=mtil root={args.root} stream.check=false')
 
+# %% ../../nbs/1_streams/16_prepare.ipynb #8d31eea4
+def _shrink(args):
+    "Write small images, and say how to use them."
+    tasks, most = [n for n in args.tasks.split(',') if n], per_class(args.per_class)
+    digest = shrink(args.root, args.to, tasks, size=args.size, most=most, seed=args.seed, check=not args.no_check)
+    print(f'SHA-256 of {args.to}/{SUMS}: {digest}\nuse them with stream=folder root={args.to}')
+
 # %% ../../nbs/1_streams/16_prepare.ipynb #122dcca2
 def _run(args):
     "One command; its exit code."
-    if args.command in ('miniature', 'pictures'):
-        dict(miniature=_miniature, pictures=_pictures)[args.command](args)
+    writes = dict(miniature=_miniature, shrink=_shrink, pictures=_pictures)
+    if args.command in writes:
+        writes[args.command](args)
         return 0
     looking = args.command == 'status'
     found = _look(args) if looking else prepare(args.root, args.names)
