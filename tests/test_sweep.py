@@ -112,6 +112,7 @@ def test_workers_that_are_there_already_are_taken_and_the_others_are_ended(tmp_p
     ('method=moe', 0),
     ('-m seed=0,1', 0),
     ('-m seed=0,1 hydra/launcher=processes', 2),
+    ('-m seed=0,1 hydra/launcher=processes hydra.launcher.n_jobs=1', 1),
     ('--multirun experiment=demo', 2)])
 def test_a_sweep_side_by_side_has_workers_from_the_beginning(line, n, monkeypatch):
     monkeypatch.setattr(cli, 'JOB', 'math')
