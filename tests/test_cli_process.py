@@ -31,7 +31,7 @@ SWEEP = [
     'hydra.sweep.dir=sweep',
     'hydra.sweep.subdir=${hydra.job.num}',
 ]
-LONG = ['train.iterations=100', 'save_every=8', 'selectors=[oracle]', 'hydra.run.dir=run']
+LONG = ['train.iterations=60', 'save_every=6', 'selectors=[oracle]', 'hydra.run.dir=run']
 BAD = [
     ('experts.top_k=5', 'top_k is 5, but there are 4 experts'),
     ('experts.ranks=8', 'ranks'),
@@ -70,7 +70,7 @@ def saved(run):
     except (OSError, RuntimeError): return 0, 0  # it is being replaced at this moment
     snapshot = tree['snapshot'] or {}
     if 'task' in snapshot: return tree['done'], snapshot['task']['iteration']
-    return tree['done'], 100 if snapshot else 0
+    return tree['done'], 60 if snapshot else 0
 
 def interrupted(cwd, args, number):
     "Start the command, and end it with this signal when more is saved than before; its exit code."

@@ -14,7 +14,7 @@ from moe_merge_nb.run.sweep import at_once, side_by_side
 from moe_merge_nb.run.workers import hired
 from moe_merge_nb.safe.checkpoint import read_tree
 from test_cli_process import TINY
-from toys import begin, end, forked
+from toys import begin, end
 
 def until(condition, seconds=300):
     "Wait for it."
@@ -130,18 +130,13 @@ def test_how_many_processes():
 
 # ---- a real sweep: two jobs that can be, two that cannot
 
-@pytest.fixture
-def warm():
-    "Workers that have everything imported; those of `test_cli_process` start anew."
-    with forked(): yield
-
 SWEEP = [
     '-m',
     *TINY,
     'seed=0,1',
     'experts.top_k=2,5',
-    'train.iterations=100',
-    'save_every=8',
+    'train.iterations=60',
+    'save_every=6',
     'selectors=[oracle]',
     'hydra/launcher=processes',
     'hydra.launcher.n_jobs=2']
@@ -170,7 +165,7 @@ def is_left(folder, workers):
     return found + [name for name in shared if any(str(w) in name for w in workers)]
 
 @pytest.mark.skipif(not Path('/proc/self/task').is_dir(), reason='who works for whom is read from /proc')
-def test_ctrl_c_and_a_killed_parent_lose_nothing_and_the_same_command_goes_on(tmp_path, warm):
+def test_ctrl_c_and_a_killed_parent_lose_nothing_and_the_same_command_goes_on(tmp_path):
     first = begin(SWEEP, tmp_path)
     workers = at_work(tmp_path, first)
     os.kill(first, signal.SIGINT)
