@@ -24,7 +24,7 @@ from moe_merge_nb.strategies.afterwards import known_in, opened, strategy_in
 from moe_merge_nb.streams.tasks import toy_stream
 
 SMALL = [
-    'method=moe', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=12', 'train.warmup=2',
+    'method=moe', 'stream=toy', 'stream.n_tasks=2', 'model=toy', 'train.iterations=12', 'train.warmup=2',
     'train.batch=8', 'experts.n_experts=6', 'experts.rank=2', 'selectors=[oracle,gaussian,none]', 'classes=[task,all]']
 LEARNS = '''
 import torch

@@ -14,7 +14,7 @@ from moe_merge_nb.run.rewrite import rewrite_run
 from moe_merge_nb.streams.miniature import miniature
 
 SMALL = (
-    'model=random', 'image_size=32', 'method=moe', 'train.iterations=3', 'train.batch=4', 'train.workers=0',
+    'model=toy', 'image_size=32', 'method=moe', 'train.iterations=3', 'train.batch=4', 'train.workers=0',
     'experts.n_experts=4', 'experts.rank=2', 'selectors=[oracle]')
 ODD = 'my images [1], a=b'
 

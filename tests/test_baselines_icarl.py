@@ -11,7 +11,7 @@ from moe_merge_nb.learn.train import *
 from moe_merge_nb.baselines.icarl import *
 def taught(baseline, n_tasks=3, callbacks=(), **kw):
     "A random pico after some toy tasks, and the length of every list of the memory after each."
-    toy, (clip, tokenizer) = toy_stream(n_tasks), load_clip('pico', 'random')
+    toy, (clip, tokenizer) = toy_stream(n_tasks), load_clip('toy', 'random')
     model, sizes = AdaptedCLIP(copy.deepcopy(clip), n_experts=0).eval(), []
     settings = Train(**dict(dict(iterations=4, batch=8, lr=5e-4, warmup=1), **kw))
     known = dict(settings=settings, tune='backbone', callbacks=[baseline, *callbacks], clip=clip)
@@ -50,7 +50,7 @@ def test_old_exemplars_are_shown_and_remembered():
     def old_loss(baseline):
         toy, model, _ = taught(baseline, 2, iterations=25, batch=12)
         x, y = stack(toy[0].train)
-        _, tokenizer = load_clip('pico', 'random')
+        _, tokenizer = load_clip('toy', 'random')
         with torch.no_grad():
             texts = model.encode_text(tokenizer(prompts(toy[0])))
             logits = class_logits(model.encode_image(x), texts, model.logit_scale)

@@ -11,7 +11,7 @@ from moe_merge_nb.learn.learner import *
 from moe_merge_nb.baselines.lwf import *
 def taught(baseline, seen=True, **kw):
     "A random pico before and after the second task of the toy stream, beside `baseline`."
-    toy, (clip, tokenizer) = toy_stream(2), load_clip('pico', 'random')
+    toy, (clip, tokenizer) = toy_stream(2), load_clip('toy', 'random')
     model = AdaptedCLIP(copy.deepcopy(clip), n_experts=0).eval()
     settings = Train(**dict(dict(iterations=20, batch=12, lr=5e-4, warmup=2), **kw))
     known = dict(settings=settings, tune='backbone', callbacks=[baseline], clip=clip)

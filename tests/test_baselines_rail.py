@@ -126,7 +126,7 @@ def test_counts_among_all_classes_are_those_of_a_loop_over_images():
     from moe_merge_nb.learn.features import class_embeddings
     from moe_merge_nb.select.select import Latest, dataset_features
     from moe_merge_nb.streams.tasks import toy_stream
-    clip, tokenizer = load_clip('pico', 'random')
+    clip, tokenizer = load_clip('toy', 'random')
     net, toys = AdaptedCLIP(clip, n_experts=0).eval(), toy_stream(3)
     h, latest, n_wrong = Rail(width=64), Latest(), 0
     for t in toys.tasks[:2]:

@@ -10,7 +10,7 @@ from moe_merge_nb.learn.learner import *
 from moe_merge_nb.baselines.wise_ft import *
 def taught(baseline, toy=toy_stream(2)):
     "The original random pico, the model before the second task and the one after it, beside `baseline`."
-    clip, tokenizer = load_clip('pico', 'random')
+    clip, tokenizer = load_clip('toy', 'random')
     model = AdaptedCLIP(copy.deepcopy(clip), n_experts=0).eval()
     settings = Train(iterations=3, batch=8, lr=1e-3, warmup=1)
     known = dict(tokenizer=tokenizer, settings=settings, tune='backbone', clip=clip)

@@ -61,7 +61,7 @@ def model_of(**kinds):
             for r in m.routers: nn.init.normal_(r.gate)
     return model.eval()
 
-TOKENIZER = load_clip('pico', 'random')[1]
+TOKENIZER = load_clip('toy', 'random')[1]
 
 def row(model, cache=None, tokenizer=TOKENIZER, stream=STREAM):
     "Two accuracies of two selectors"

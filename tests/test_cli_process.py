@@ -13,7 +13,7 @@ from toys import begin, end
 TINY = [
     'stream=toy',
     'stream.n_tasks=2',
-    'model=random',
+    'model=toy',
     'train.iterations=3',
     'train.warmup=1',
     'train.batch=8',
@@ -31,7 +31,7 @@ SWEEP = [
     'hydra.sweep.dir=sweep',
     'hydra.sweep.subdir=${hydra.job.num}',
 ]
-LONG = ['train.iterations=20', 'save_every=4', 'selectors=[oracle]', 'hydra.run.dir=run']
+LONG = ['train.iterations=60', 'save_every=6', 'selectors=[oracle]', 'hydra.run.dir=run']
 BAD = [
     ('experts.top_k=5', 'top_k is 5, but there are 4 experts'),
     ('experts.ranks=8', 'ranks'),
@@ -70,7 +70,7 @@ def saved(run):
     except (OSError, RuntimeError): return 0, 0  # it is being replaced at this moment
     snapshot = tree['snapshot'] or {}
     if 'task' in snapshot: return tree['done'], snapshot['task']['iteration']
-    return tree['done'], 20 if snapshot else 0
+    return tree['done'], 60 if snapshot else 0
 
 def interrupted(cwd, args, number):
     "Start the command, and end it with this signal when more is saved than before; its exit code."
@@ -78,7 +78,7 @@ def interrupted(cwd, args, number):
     pid = begin(args, cwd)
     while saved(cwd/'run') <= before:
         assert time.time() < until
-        time.sleep(.1)
+        time.sleep(.02)
     os.kill(pid, number)
     return end(pid)
 

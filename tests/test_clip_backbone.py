@@ -1,5 +1,5 @@
 import pytest, torch
-from moe_merge_nb.clip.backbone import load_clip, pico, pico_tokenizer, read_weights, towers, write_weights
+from moe_merge_nb.clip.backbone import MODELS, load_clip, pico, pico_tokenizer, read_weights, towers, write_weights
 
 
 def test_weights_survive_the_disk_in_half_precision():
@@ -47,3 +47,14 @@ def test_wrong_names_and_a_failed_download_say_what_to_do():
     offline = urllib.error.URLError('no network')
     with patch('moe_merge_nb.clip.backbone.download_pretrained', side_effect=offline):
         with pytest.raises(ConnectionError, match='(?s)Offline.*pass its path'): openai()
+
+
+def test_toy_is_pico_with_one_narrow_block_a_tower():
+    (model, tokenizer), whole = load_clip('toy', 'random', seed=3), pico()
+    assert {name: len(blocks) for name, blocks in towers(model).items()} == {'image': 1, 'text': 1}
+    assert model.visual.proj.shape == model.text_projection.shape == (32, 32)
+    assert model.visual.image_size == whole.visual.image_size and model.context_length == whole.context_length
+    assert tokenizer.vocab_size == model.token_embedding.num_embeddings
+    again = load_clip(MODELS['toy']['name'], MODELS['toy']['pretrained'], seed=3)[0]
+    assert torch.equal(model.visual.proj, again.visual.proj)
+    with pytest.raises(ValueError, match="toy has no weights of its own: pretrained='random'"): load_clip('toy')

@@ -51,7 +51,7 @@ def test_quick_gelu_is_a_silu():
 
 
 def test_single_precision_differs_from_open_clip_in_its_last_digits_only():
-    clip, tokenizer = load_clip('pico', 'random')
+    clip, tokenizer = load_clip('toy', 'random')
     images = torch.randn(4, 3, 32, 32)
     tokens = tokenizer(['a photo of a fox.', 'a ' * 30])                        # the last one fills the context
     def close(found, wanted): torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
@@ -63,7 +63,7 @@ def test_single_precision_differs_from_open_clip_in_its_last_digits_only():
 
 
 def test_leaving_out_what_nobody_reads_changes_no_feature():
-    clip, tokenizer = load_clip('pico', 'random')
+    clip, tokenizer = load_clip('toy', 'random')
     clip.double().attn_mask = clip.attn_mask.double()
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     tokens = tokenizer(['a photo of a fox.', 'a photo of a helicopter, a type of aircraft.', 'a ' * 30])
@@ -77,7 +77,7 @@ def test_leaving_out_what_nobody_reads_changes_no_feature():
 
 
 def test_gradients_are_those_of_open_clip():
-    clip, tokenizer = load_clip('pico', 'random')
+    clip, tokenizer = load_clip('toy', 'random')
     images, tokens = torch.randn(4, 3, 32, 32), tokenizer(['a photo of a fox.', 'two dogs'])
     clip.requires_grad_(True)                                                   # full fine-tuning
     def gradients(features):

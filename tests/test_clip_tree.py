@@ -6,7 +6,7 @@ from moe_merge_nb.clip.tree import *
 
 
 def test_every_prompt_is_a_path_of_the_tree():
-    _, tokenizer = load_clip('pico', 'random')
+    _, tokenizer = load_clip('toy', 'random')
     tokens = tokenizer(['a photo of a cat.', 'a photo of a dog.', 'a photo of a dog', 'a drawing of a cat.'])
     t, prefixes = tree(tokens), set()
     for prompt, end in zip(tokens, t.ends):
@@ -19,7 +19,7 @@ def test_every_prompt_is_a_path_of_the_tree():
 
 
 def test_parts_hold_every_prompt_once_and_keep_to_the_limit():
-    _, tokenizer = load_clip('pico', 'random')
+    _, tokenizer = load_clip('toy', 'random')
     THINGS = 'cat dog car cup tree'.split()
     tokens = tokenizer([f'a {kind} of a {thing}.' for kind in ('photo', 'drawing', 'sketch') for thing in THINGS])
     def nodes(prompts): return len(tree(tokens[prompts]).token)

@@ -32,7 +32,7 @@ METHOD = Method('moe', experts=dict(n_experts=4, rank=2), train=Train(iterations
 
 def learned(directory, seed=0, backbone=None, **how):
     "A run that takes a moment."
-    backbone = backbone or load_clip('pico', 'random')
+    backbone = backbone or load_clip('toy', 'random')
     return run(STREAM, METHOD, seed, backbone, directory, progress=False, accelerator=Accelerator(cpu=True), **how)
 
 @pytest.fixture(scope='module')
@@ -81,7 +81,7 @@ def test_a_run_with_a_damaged_file_is_not_finished_and_the_file_is_named(how, co
     assert kept <= {p.name for p in (runs/'one').iterdir()}, 'nothing is written'
 
 LINE = (
-    'stream=toy', 'stream.n_tasks=2', 'model=random', 'method=moe', 'train.iterations=2', 'train.warmup=1',
+    'stream=toy', 'stream.n_tasks=2', 'model=toy', 'method=moe', 'train.iterations=2', 'train.warmup=1',
     'train.batch=4', 'experts.n_experts=4', 'experts.rank=2', 'selectors=[oracle]', 'device=cpu')
 
 @pytest.fixture(scope='module')
@@ -159,7 +159,7 @@ def test_adapters_of_a_run_are_not_loaded_onto_other_weights(runs):
     said = load_result(runs/'zero').config['backbone_sha256']
     assert load(runs/'zero').model.n_tasks == 2
     with pytest.raises(ValueError, match=f'another backbone.*{said[:12]}.*, not '):
-        load(runs/'zero', load_clip('pico', 'random', 1))
+        load(runs/'zero', load_clip('toy', 'random', 1))
     original = (runs/'w.safetensors').read_bytes()
     write_weights(pico(1), runs/'w.safetensors')
     try:

@@ -252,7 +252,7 @@ def odd(root, task):
 def test_an_odd_folder_is_learned_and_extended_by_the_command(tmp_path):
     known, new = odd(tmp_path/'known', '2019'), odd(tmp_path/'new', unicodedata.normalize('NFD', 'e\u0301t\u00e9'))
     common = ['stream=folder', f'stream.cache={tmp_path}/cache', 'image_size=32']
-    said = ['method=moe', 'model=random', 'train.iterations=2', 'train.batch=4', 'experts.n_experts=6', 'seed=4']
+    said = ['method=moe', 'model=toy', 'train.iterations=2', 'train.batch=4', 'experts.n_experts=6', 'seed=4']
     with pytest.warns(UserWarning, match='broken'):
         a = job(composed(*common, f'root={known}', *said, 'selectors=[oracle,gaussian]'), str(tmp_path/'run'), False)
         asked = [*common, f'root={new}', f'extend={tmp_path}/run', f'old={known}', 'seed=4', 'experts.n_experts=6']
@@ -285,7 +285,7 @@ MORE = [
 
 def test_killed_while_it_extends_a_drawn_stream_it_ends_as_if_undisturbed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    how = ['selectors=[oracle]', 'model=random', f'stream.cache={tmp_path}/cache']
+    how = ['selectors=[oracle]', 'model=toy', f'stream.cache={tmp_path}/cache']
     assert end(begin([*LEARN, *how[:2], 'hydra.run.dir=run'])) == 0, Path('err.txt').read_text()
     more = [*MORE, how[2]]
     assert end(begin([*more, 'hydra.run.dir=whole'])) == 0, Path('err.txt').read_text()

@@ -14,7 +14,7 @@ from moe_merge_nb.run.jobs import distinct
 from moe_merge_nb.run.options import composed
 from moe_merge_nb.run.share import load
 
-TINY = ('stream=toy', 'stream.n_tasks=2', 'model=random', 'train.batch=8', 'train.iterations=4')
+TINY = ('stream=toy', 'stream.n_tasks=2', 'model=toy', 'train.batch=8', 'train.iterations=4')
 FEW = (*TINY, 'experts.n_experts=4', 'experts.rank=2', 'selectors=[oracle]')
 
 @pytest.fixture

@@ -923,5 +923,5 @@ def test_an_odd_setting_on_the_command_line_is_refused_and_named(monkeypatch, ov
     def trains(*args): raise AssertionError('it would have been trained')
     monkeypatch.setattr(job, 'run', trains)
     with pytest.raises((job.UsageError, HydraException)) as e:
-        job.job(composed('stream=toy', 'model=random', override), progress=False)
+        job.job(composed('stream=toy', 'model=toy', override), progress=False)
     assert override.split('=')[0].split('.')[-1] in str(e.value)

@@ -110,7 +110,7 @@ def test_an_image_that_cannot_be_read_is_named_by_its_row(d, tmp_path):
     with pytest.raises(ValueError, match='image 0 of the dataset cannot be read'): task.train[0]
 
 def test_a_run_from_the_command_line_can_be_reproduced(places, tmp_path):
-    small = 'model=random method=moe experts.n_experts=4 experts.rank=2 selectors=[oracle]'.split()
+    small = 'model=toy method=moe experts.n_experts=4 experts.rank=2 selectors=[oracle]'.split()
     small += 'train.iterations=2 train.batch=4 train.warmup=1'.split()
     cfg = composed('stream=hf', f'stream.datasets=[{",".join(places)}]', 'shots=2', *small)
     job(cfg, str(tmp_path/'run'), False)

@@ -37,7 +37,7 @@ from moe_merge_nb.streams.identity import digest_of, identity
 from moe_merge_nb.streams.miniature import miniature
 from moe_merge_nb.streams.tasks import Images, Stream, toy_stream
 
-TOY = ['stream=toy', 'stream.n_tasks=2', 'stream.n_train=12', 'stream.n_test=6', 'model=random']
+TOY = ['stream=toy', 'stream.n_tasks=2', 'stream.n_train=12', 'stream.n_test=6', 'model=toy']
 MERGE = [
     'method=moe_merge', 'merge.every=1', 'merge.until=1', 'train.iterations=2', 'train.warmup=1', 'train.batch=4',
     'experts.n_experts=4', 'experts.rank=2', 'selectors=[oracle]']
@@ -214,7 +214,7 @@ def test_overwritten_weights_are_another_run(here):
     assert again.timings == first.timings
 
 def test_another_tokenizer_or_another_activation_is_another_run(here):
-    (clip, tokenizer), method = load_clip('pico', 'random'), Method('z', tune='nothing', experts=None)
+    (clip, tokenizer), method = load_clip('toy', 'random'), Method('z', tune='nothing', experts=None)
     def learned(*backbone): return run(toy_stream(2, 3, 6, 6), method, 0, backbone, 'run', progress=False)
     learned(clip, tokenizer)
     with pytest.raises(NotThisRun, match='another tokens_sha256'): learned(clip, lambda texts: tokenizer(texts).flip(1))
@@ -229,7 +229,7 @@ def test_another_root_is_another_run_and_the_same_files_elsewhere_are_the_same(h
     miniature('C', seed=7)
     shutil.copytree('A', 'B')
     mtil = [
-        'stream=mtil', 'stream.check=false', 'stream.tasks=[DTD,MNIST]', 'image_size=32', 'model=random',
+        'stream=mtil', 'stream.check=false', 'stream.tasks=[DTD,MNIST]', 'image_size=32', 'model=toy',
         'method=zero_shot', 'protocol=mini']
     def there(root): return job(composed(*mtil, f'root={root}'), 'run', False)
     first = there('A')
@@ -318,7 +318,7 @@ def test_a_stream_that_cannot_be_recognised_is_refused_where_it_would_be_saved(t
     t = toy_stream(1, 3, 24, 6)[0]
     stream = Stream('own', (replace(t, train=Own(t.train, 'system'), calibration=t.train),))
     with pytest.raises(ValueError, match="task 'squares': a .*Own gives other images each time"):
-        run(stream, Method('z', tune='nothing', experts=None), 0, load_clip('pico', 'random'), tmp_path, progress=False)
+        run(stream, Method('z', tune='nothing', experts=None), 0, load_clip('toy', 'random'), tmp_path, progress=False)
     with pytest.warns(UserWarning, match='Give it a method digest'):
         assert describe(stream, Method('z'), 0)['data_sha256'] == {'squares': None}
 

@@ -59,7 +59,7 @@ def test_the_second_task_is_judged_by_the_name(templates):
         for task in stream.names: assert by_name(matrix, task) == by_name(matrix, task, 'oracle')
 
 def test_names_are_one_where_the_tokenizer_reads_them_as_one():
-    tokenizer = load_clip('pico', 'random')[1]
+    tokenizer = load_clip('toy', 'random')[1]
     stream = same_names((NAMES, ('Green  Square', 'pink square', 'RED square')))
     assert one_per_name(stream, tokenizer).tolist() == [0, 1, 2, 1, 3, 0]
     assert one_per_name(toy_stream(3), tokenizer).tolist() == list(range(9))

@@ -30,7 +30,7 @@ def test_evaluation_does_not_depend_on_the_batch_size():
 
 
 def test_several_selectors_at_once_are_the_same_as_one_by_one():
-    (net, tok), toys = toy_model(), toy_stream(3)
+    (net, tok), toys = toy_model(name='toy'), toy_stream(3)
     picks = fitted(net, toys)
     together = evaluate(net, tok, toys, picks, after='circles')
     for name, s in picks.items():
@@ -51,7 +51,7 @@ def test_accuracy_is_that_of_the_model_called_by_hand():
 
 
 def test_the_cache_changes_nothing_and_spares_passes():
-    (net, tok), toys, cache = toy_model(), toy_stream(3), Cache()
+    (net, tok), toys, cache = toy_model(name='toy'), toy_stream(3), Cache()
     picks = fitted(net, toys)
     first, second, without = (evaluate(net, tok, toys, picks, after='circles', cache=c) for c in (cache, cache, None))
     for row in (second, without):
@@ -73,7 +73,7 @@ def test_strategies_reach_the_prediction():
 
 
 def test_all_classes_are_those_of_a_loop_over_images():
-    (net, tok), toys = toy_model(), toy_stream(3)
+    (net, tok), toys = toy_model(name='toy'), toy_stream(3)
     picks = fitted(net, toys, ('oracle', 'gaussian'))
     row = evaluate(net, tok, toys, picks, after='circles', classes=('all',)).matrix
     assert row.selector.unique().tolist() == ['oracle all', 'gaussian all']
@@ -89,7 +89,7 @@ def test_all_classes_are_those_of_a_loop_over_images():
 
 
 def test_more_classes_never_help_the_same_routers():
-    (net, tok), toys, lower = toy_model(), toy_stream(3), 0
+    (net, tok), toys, lower = toy_model(name='toy'), toy_stream(3), 0
     picks = fitted(net, toys)
     both = evaluate(net, tok, toys, picks, after='circles', classes=('task', 'all')).matrix
     for name in picks:
@@ -103,7 +103,7 @@ def test_more_classes_never_help_the_same_routers():
 
 
 def test_both_label_spaces_encode_an_image_once_and_leave_the_other_rows_alone():
-    (net, tok), toys = toy_model(), toy_stream(3)
+    (net, tok), toys = toy_model(name='toy'), toy_stream(3)
     picks = fitted(net, toys)
     for predict in (routed, averaged):
         how = dict(after='circles', predict=predict)
@@ -128,7 +128,7 @@ def test_several_processes_return_the_tables_of_one():
     from moe_merge_nb.streams.tasks import Stream
     def setting():
         "A model, a stream whose third task has one test image, fitted selectors"
-        (net, tok), toys = toy_model(), toy_stream(3)
+        (net, tok), toys = toy_model(name='toy'), toy_stream(3)
         a, b, c = toys
         return net, tok, Stream('toy', (a, b, replace(c, test=Subset(c.test, [5])))), fitted(net, toys)
     def work(path):

@@ -26,7 +26,7 @@ def test_a_method_refuses_what_cannot_be():
 
 
 def test_classes_that_the_model_reads_alike_are_refused():
-    _, tokenizer = load_clip('pico', 'random')
+    _, tokenizer = load_clip('toy', 'random')
     def named(*classes):
         [first] = toy_stream(1)
         return Stream('words', (first, replace(first, name='pets', classes=classes)))

@@ -15,7 +15,7 @@ PLAN = dict(tasks=['a', 'b'], selectors=['oracle'], seed=0)
 def begun(directory=None, **kw):
     "A run before its first task."
     return start(
-        toy_stream(2), Method('moe', experts=dict(n_experts=4, rank=2), **kw), 0, load_clip('pico', 'random'),
+        toy_stream(2), Method('moe', experts=dict(n_experts=4, rank=2), **kw), 0, load_clip('toy', 'random'),
         config=dict(PLAN), accelerator=Accelerator(cpu=True), plan=PLAN, cache=Cache(0), directory=directory)
 
 

@@ -15,7 +15,7 @@ from moe_merge_nb.learn.state import *
 def begun(**kw):
     "A run before its first task."
     return start(
-        toy_stream(2), Method('moe', experts=dict(n_experts=4, rank=2), **kw), 0, load_clip('pico', 'random'),
+        toy_stream(2), Method('moe', experts=dict(n_experts=4, rank=2), **kw), 0, load_clip('toy', 'random'),
         config={}, accelerator=Accelerator(cpu=True), plan={}, cache=Cache(0))
 
 

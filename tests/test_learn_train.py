@@ -10,7 +10,7 @@ from moe_merge_nb.learn.train import *
 quick = Train(iterations=12, batch=8, lr=1e-2, warmup=2)
 def small_model():
     "A small adapted random pico and its tokenizer."
-    clip, tokenizer = load_clip('pico', 'random')
+    clip, tokenizer = load_clip('toy', 'random')
     torch.manual_seed(0)
     model = AdaptedCLIP(clip, n_experts=6, rank=4)
     model.add_task()

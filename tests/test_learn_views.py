@@ -7,7 +7,7 @@ from moe_merge_nb.streams.tasks import stack, toy_stream
 
 
 def test_plain_logits_are_those_of_clip():
-    (net, tok), task = load_clip('pico', 'random'), toy_stream(1)[0]
+    (net, tok), task = load_clip('toy', 'random'), toy_stream(1)[0]
     net = AdaptedCLIP(net, n_experts=4, rank=4).eval()
     encoder = Encoder(net, tok, batch=7)
     images, labels = stack(task.test)

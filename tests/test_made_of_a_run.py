@@ -77,7 +77,7 @@ def test_an_edited_model_function_is_another_model(here):
             assert not Path(f'{name}-after').exists(), name
 
 def test_an_edited_strategy_is_not_asked_in_the_name_of_the_run(here):
-    learned('model=random', 'predict=strategy.f')
+    learned('model=toy', 'predict=strategy.f')
     first = MADE['unlearn']('one')
     edited('strategy', STRATEGY.replace('return ', 'return -'))
     for directory in ('one', 'two'):
@@ -87,7 +87,7 @@ def test_an_edited_strategy_is_not_asked_in_the_name_of_the_run(here):
     assert len(MADE['predict']('three').matrix) == 2                            # it asks another strategy
 
 def test_what_was_made_comes_back_for_the_same_images_only(here):
-    learned('model=random')
+    learned('model=toy')
     other = toy_stream(2, n_train=12, n_test=6, seed=1)
     first = {name: MADE[name](name) for name in ('predict', 'unlearn')}
     for make in (predict_with, unlearn):
@@ -98,8 +98,8 @@ def test_what_was_made_comes_back_for_the_same_images_only(here):
     for name, before in first.items(): assert MADE[name](name).timings == before.timings
 
 def test_a_backbone_that_is_given_is_that_of_the_run(here):
-    learned('model=random')
-    clip, tokenizer = load_clip('pico', 'random')
+    learned('model=toy')
+    clip, tokenizer = load_clip('toy', 'random')
     def turned(texts): return tokenizer([t[::-1] for t in texts])
     config = load_result('run').config
     check_backbone(config, clip, tokenizer)
@@ -131,7 +131,7 @@ class Last:
 
 def test_a_selector_of_ones_own_is_found_beside_the_run(here, monkeypatch, capsys):
     (here/'chosen.py').write_text(OWN)
-    learned('model=random', 'selectors=[chosen.Last]')
+    learned('model=toy', 'selectors=[chosen.Last]')
     Image.new('RGB', (32, 32), 'red').save('red.png')
     sys.modules.pop('chosen')
     monkeypatch.setattr(sys, 'path', [p for p in sys.path if p != str(here)])
@@ -146,7 +146,7 @@ def test_images_that_have_moved_are_named_by_root(here):
         d.mkdir(parents=True)
         for i in range(4): Image.new('RGB', (32, 32), (60*i, 0, 200 if colour == 'blue' else 0)).save(d/f'{i}.png')
     few = [t for t in TOY if not t.startswith('stream')]
-    job(composed('stream=folder', 'root=images', 'model=random', 'train.workers=0', *few), 'run', False)
+    job(composed('stream=folder', 'root=images', 'model=toy', 'train.workers=0', *few), 'run', False)
     (here/'images').rename('moved')
     for make, said in ((predict_job, ['predict=averaged']), (unlearn_job, ['unlearn=two', 'unlearn_options.steps=2'])):
         line = [*said, 'from=run', 'root=moved']

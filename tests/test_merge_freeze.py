@@ -6,7 +6,7 @@ from moe_merge_nb.merge.freeze import *
 
 
 def test_frozen_is_closed_and_only_ever_grows():
-    model = AdaptedCLIP(load_clip('pico', 'random')[0], n_experts=6, rank=4); model.add_task()
+    model = AdaptedCLIP(load_clip('toy', 'random')[0], n_experts=6, rank=4); model.add_task()
     keys, frozen = [(m.tower, m.block) for m in model.moes], torch.zeros(6, dtype=torch.bool)
     torch.manual_seed(0)
     for _ in range(4):
@@ -21,7 +21,7 @@ def test_frozen_is_closed_and_only_ever_grows():
 
 
 def test_a_closed_task_selects_only_what_is_frozen():
-    net = AdaptedCLIP(load_clip('pico', 'random')[0], n_experts=6, rank=4)
+    net = AdaptedCLIP(load_clip('toy', 'random')[0], n_experts=6, rank=4)
     for usage in ([1, 5, 0, 7, 2, 2], [9, 0, 0, 8, 1, 1]):
         net.add_task()
         close_routers(net, {(m.tower, m.block): torch.tensor(usage) for m in net.moes})

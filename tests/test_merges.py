@@ -98,7 +98,7 @@ def test_stored_rows_are_counted_with_their_numbers():
 
 # merges that could never happen
 
-QUICK = ['method=moe_merge', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=4', 'train.warmup=1',
+QUICK = ['method=moe_merge', 'stream=toy', 'stream.n_tasks=2', 'model=toy', 'train.iterations=4', 'train.warmup=1',
          'train.batch=8', 'experts.rank=2']
 
 REFUSED = {
@@ -210,7 +210,7 @@ def watching(rule, **method):
     "Rows of a watched training, and the merges of the same training without a watcher"
     m = Method('m', experts=Experts(n_experts=6, rank=2), merge=rule, selectors=('oracle',),
                train=Train(iterations=6, batch=8, warmup=1, lr=1e-2), **method)
-    backbone, stream = load_clip(), toy_stream(2, n_train=16, n_test=6)
+    backbone, stream = load_clip('toy', 'random'), toy_stream(2, n_train=16, n_test=6)
     rows, model = watched(stream, m, 0, backbone)
     result = run(stream, m, 0, backbone, progress=False)
     return rows, model, result, m
@@ -235,7 +235,7 @@ def test_the_watcher_sees_the_merges_that_happen(rule):
 def test_the_control_looks_at_what_the_rule_would_merge_and_changes_nothing():
     rule = Merge(every=2, protect=True, window='task')
     plain = Method('m', experts=Experts(n_experts=6, rank=2), train=Train(iterations=6, batch=8, warmup=1, lr=1e-2))
-    backbone, stream = load_clip(), toy_stream(2, n_train=16, n_test=6)
+    backbone, stream = load_clip('toy', 'random'), toy_stream(2, n_train=16, n_test=6)
     model, watch = build(plain, backbone[0], 0), Watch(rule, merging=False)
     for j, task in enumerate(stream):
         model.add_task()

@@ -69,7 +69,7 @@ def test_what_it_leaves_is_shared_and_loaded_with_trust_only(kind, here):
     run = whole(kind)
     with pytest.raises(ValueError, match='not of this package .my_parts.*trust=True'): load(run)
     model = load(run, trust=True).model
-    path = save(model, 'shared.safetensors', name='pico', pretrained='random')
+    path = save(model, 'shared.safetensors', name='toy', pretrained='random')
     again, x = load(path, trust=True).model, torch.randn(2, 3, 32, 32)
     assert torch.equal(again.encode_image(x, 1), model.encode_image(x, 1))
     (here/'my_parts.py').write_text((here/'my_parts.py').read_text() + '\n# edited')
@@ -84,5 +84,5 @@ def test_an_edited_part_is_another_run(here):
 @pytest.mark.parametrize('kind', OTHERS)
 def test_other_kinds_of_this_package_are_shared(kind, here):
     model, x = load(whole(kind)).model, torch.randn(2, 3, 32, 32)
-    again = load(save(model, 'shared.safetensors', name='pico', pretrained='random')).model
+    again = load(save(model, 'shared.safetensors', name='toy', pretrained='random')).model
     assert torch.equal(again.encode_image(x, 1), model.encode_image(x, 1))

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from execnb.nbio import read_nb
 from fastcore.xtras import working_directory
-from moe_merge_nb.run import cli, report
+from moe_merge_nb.run import cli, figures, report
 from moe_merge_nb.run.job import method_of
 from moe_merge_nb.run.options import composed
 from moe_merge_nb.streams import prepare
+from toys import forked
 
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def commands():
     return [re.split(r'\s{2,}#', line)[0].strip() for b in blocks for line in b.splitlines() if line.strip()]
 
 LINES = commands()
-SMALL = ['stream=toy', 'stream.n_tasks=1', 'model=random', 'train.batch=4', 'experts.n_experts=4', 'experts.rank=2',
+SMALL = ['stream=toy', 'stream.n_tasks=1', 'model=toy', 'train.batch=4', 'experts.n_experts=4', 'experts.rank=2',
          'selectors=[oracle]']
 HERE = {  # the beginning of a line -> what is added to it
     'moe-merge merge.combine=my_rules': [*SMALL, 'train.iterations=4'],
@@ -117,7 +118,8 @@ def lines(start):
 def test_the_rule_of_the_readme_trains_and_its_sweep_runs(inside, monkeypatch, capsys):
     for line in lines('moe-merge merge.combine'): typed(monkeypatch, line, HERE['moe-merge merge.combine=my_rules'])
     before = set(Path('runs').rglob('config.json'))
-    for line in lines('moe-merge -m'): typed(monkeypatch, line, HERE['moe-merge -m'])
+    with forked():
+        for line in lines('moe-merge -m'): typed(monkeypatch, line, HERE['moe-merge -m'])
     found = [json.loads(p.read_text()) for p in set(Path('runs').rglob('config.json')) - before]
     assert sorted((c['method'], c['seed'], (c['merge'] or {}).get('every')) for c in found) == sorted(
         [('moe', s, None) for s in range(3)] + [('moe_merge', s, e) for s in range(3) for e in (20, 40)])
@@ -136,7 +138,8 @@ def test_a_run_is_where_the_readme_says_and_is_rewritten(inside, monkeypatch, ca
     assert not set(where) & set('=,[]()\' ')
 
 def test_the_report_and_the_status_are_asked_for_as_the_readme_does(inside, monkeypatch, capsys):
-    monkeypatch.setattr(report, 'report', lambda runs, results, **how: (Path('report.html'), []))
+    monkeypatch.setattr(report, 'begin', lambda stack: [])
+    monkeypatch.setattr(figures, 'report', lambda *args, **how: (Path('report.html'), []))
     for line in lines('moe-merge-report'): assert report.main(shlex.split(line)[1:]) == 0
     for line in lines('moe-merge-data status'): assert prepare.main(shlex.split(line)[1:]) in (0, 1)
     assert 'StanfordCars' in capsys.readouterr().out

@@ -9,7 +9,7 @@ from moe_merge_nb.run.report import main
 from moe_merge_nb.run.runs import distinguish, load_runs
 from moe_merge_nb.study.tables import table
 
-TINY = 'stream=toy stream.n_tasks=2 stream.n_test=6 model=random train.batch=8 train.iterations=2'.split()
+TINY = 'stream=toy stream.n_tasks=2 stream.n_test=6 model=toy train.batch=8 train.iterations=2'.split()
 TINY += ['experts.n_experts=4', 'experts.rank=2', 'selectors=[oracle]']
 
 @pytest.fixture(scope='module')

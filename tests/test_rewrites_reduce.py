@@ -51,7 +51,7 @@ def test_a_sweep_that_was_cut_off_goes_on():
     from unittest.mock import patch
     import moe_merge_nb.rewrites.reduce as module
     torch.manual_seed(0)
-    clip_, tok = load_clip('pico', 'random')
+    clip_, tok = load_clip('toy', 'random')
     toys, net = toy_stream(n_tasks=2, n_train=16, n_test=8), AdaptedCLIP(clip_, n_experts=4, rank=2).eval()
     for _ in toys: net.add_task()
     rules = dict(average=average, drop=drop_least_used)
@@ -68,7 +68,7 @@ def test_a_sweep_that_was_cut_off_goes_on():
 def test_a_rewritten_model_survives_the_disk():
     import tempfile
     torch.manual_seed(0)
-    clip_, tok = load_clip('pico', 'random')
+    clip_, tok = load_clip('toy', 'random')
     net = AdaptedCLIP(clip_, n_experts=4, rank=2, shared_init=True, gate='top_p').eval()
     net.add_task()
     for p in net.moes.parameters(): torch.nn.init.normal_(p, std=.3)

@@ -9,7 +9,7 @@ from moe_merge_nb.run.options import composed
 tiny = (
     'stream=toy',
     'stream.n_tasks=2',
-    'model=random',
+    'model=toy',
     'train.iterations=4',
     'train.warmup=1',
     'train.batch=8',
@@ -65,7 +65,7 @@ def test_impossible_values_are_refused_with_field_and_limit():
         with pytest.raises(UsageError, match=says): method_of(composed('method=moe_merge', bad))
     for bad in ('order=3', 'data_seed=-1', 'shots=0'):
         with pytest.raises(UsageError, match=bad.split('=')[1]): job(composed(bad), progress=False)
-    toy = 'method=moe_merge', 'stream=toy', 'model=random'
+    toy = 'method=moe_merge', 'stream=toy', 'model=toy'
     odd = 'seed=abc seed=-1 seed=1.5 threads=0 train=5 merge=5 freeze=5 freeze.n=-1 selectors=gaussian'
     for bad in odd.split():
         with pytest.raises(UsageError, match=bad.split('=')[0]): job(composed(*toy, bad), progress=False)
@@ -77,7 +77,7 @@ def test_the_command_runs_what_python_runs():
     from moe_merge_nb.learn.loop import run
     from moe_merge_nb.streams.tasks import toy_stream
     cfg = composed(*tiny)
-    a, b = job(cfg, progress=False), run(toy_stream(2), method_of(cfg), 0, load_clip('pico', 'random'), progress=False)
+    a, b = job(cfg, progress=False), run(toy_stream(2), method_of(cfg), 0, load_clip('toy', 'random'), progress=False)
     assert a.matrix.equals(b.matrix) and a.config['data_seed'] == 0
 
 

@@ -13,7 +13,7 @@ def test_a_result_is_made_again_from_its_stored_configuration_alone():
     tiny = (
         'stream=toy',
         'stream.n_tasks=2',
-        'model=random',
+        'model=toy',
         'stream.n_train=24',
         'stream.n_test=8',
         'train.iterations=4',
@@ -41,8 +41,8 @@ def test_a_result_is_made_again_from_its_stored_configuration_alone():
 def test_another_backbone_or_a_foreign_stream_is_refused():
     from moe_merge_nb.run.job import job
     from moe_merge_nb.run.options import composed
-    options = 'stream=toy', 'stream.n_tasks=1', 'model=random', 'method=zero_shot'
+    options = 'stream=toy', 'stream.n_tasks=1', 'model=toy', 'method=zero_shot'
     config = job(composed(*options), progress=False).config
     with pytest.raises(ValueError, match='the weights of this backbone have the hash'):
-        again(config, load_clip('pico', 'random', seed=1))
+        again(config, load_clip('toy', 'random', seed=1))
     with pytest.raises(ValueError, match="stream is 'mine'"): again({**config, 'stream': 'mine'})

@@ -84,7 +84,7 @@ def test_loading_is_strict():
         ):
             with pytest.raises(ValueError, match=message): load(changed(**new))
         with pytest.raises(ValueError, match='another backbone: .*pico.* sha256'):
-            load(good, load_clip('pico', 'random'))
+            load(good, load_clip('toy', 'random'))
         with pytest.raises(FileNotFoundError, match='nowhere'): load(d/'nowhere')
         (d/'text.safetensors').write_text('no tensors here')
         with pytest.raises(ValueError, match='cannot be read as safetensors'): load(d/'text.safetensors')
@@ -222,7 +222,7 @@ def test_a_folder_of_the_hub_round_trips():
         card = huggingface_hub.ModelCard.load(repo/'README.md')
         assert card.data.library_name == 'moe_merge_nb' and 'circle' in card.text
         with pytest.raises(ValueError, match='another backbone'):
-            Shared.from_pretrained(repo, backbone=load_clip('pico', 'random'))
+            Shared.from_pretrained(repo, backbone=load_clip('toy', 'random'))
 
 
 def test_push_to_hub_uploads_what_from_pretrained_reads():

@@ -6,7 +6,7 @@ from moe_merge_nb.streams.tasks import stack, toy_stream
 
 
 def test_features_begin_with_the_plain_embedding_and_leave_no_hook():
-    clip, _ = load_clip('pico', 'random')
+    clip, _ = load_clip('toy', 'random')
     images, labels = stack(toy_stream(1).tasks[0].test)
     f = frozen_features(clip, images)
     torch.testing.assert_close(f[:, :clip.visual.output_dim], clip.encode_image(images), rtol=1e-5, atol=1e-5)
@@ -21,7 +21,7 @@ def test_two_processes_gather_all_features_in_order():
     from accelerate import Accelerator
     from moe_merge_nb.safe.devices import in_processes
     from torch.utils.data import Subset
-    def setting(n): return load_clip('pico', 'random')[0], Subset(toy_stream(1)[0].test, range(n))
+    def setting(n): return load_clip('toy', 'random')[0], Subset(toy_stream(1)[0].test, range(n))
     def work(path):
         accelerator = Accelerator(cpu=True)
         found = [dataset_features(*setting(n), accelerator=accelerator) for n in (8, 5, 1)]
@@ -46,7 +46,7 @@ def test_oracle_and_latest():
 
 
 def test_the_decision_for_an_image_ignores_the_other_images():
-    (clip, tok), stream = load_clip('pico', 'random'), toy_stream(3)
+    (clip, tok), stream = load_clip('toy', 'random'), toy_stream(3)
     x = torch.cat([dataset_features(clip, t.test)[0] for t in stream])
     for name in SELECTORS:
         s = make_selector(name, **(dict(steps=20) if name == 'autoencoder' else {}))
@@ -61,7 +61,7 @@ def test_a_restored_selector_selects_and_learns_as_the_first_would_have():
         "The types in a state"
         parts = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
         return {type(x)}.union(*map(kinds, parts))
-    (clip, tok), stream = load_clip('pico', 'random'), toy_stream(3)
+    (clip, tok), stream = load_clip('toy', 'random'), toy_stream(3)
     learned = [(*dataset_features(clip, t.train), class_embeddings(clip, tok, t)) for t in stream]
     x = torch.cat([dataset_features(clip, t.test)[0] for t in stream])
     for name in SELECTORS:
@@ -75,7 +75,7 @@ def test_a_restored_selector_selects_and_learns_as_the_first_would_have():
 
 
 def test_the_same_seed_gives_the_same_selector():
-    clip, _ = load_clip('pico', 'random')
+    clip, _ = load_clip('toy', 'random')
     f, y = dataset_features(clip, toy_stream(1)[0].train)
     for name in ('autoencoder', 'gaussian'):
         a, b, c = (make_selector(name, seed=seed).fit(f, y).scores(f) for seed in (0, 0, 1))

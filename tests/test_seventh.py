@@ -59,7 +59,7 @@ def test_it_is_trained_killed_resumed_merged_and_shared(here):
     assert sorted(result.config['sources']) == ['my_slots.Slots', 'my_slots.every', 'my_slots.soft']
     assert any(e['kind'] == 'merge' for e in result.events)
     model, x = load('whole', trust=True).model, torch.randn(2, 3, 32, 32)
-    again = load(save(model, 'shared.safetensors', name='pico', pretrained='random'), trust=True).model
+    again = load(save(model, 'shared.safetensors', name='toy', pretrained='random'), trust=True).model
     assert torch.equal(again.encode_image(x, 1), model.encode_image(x, 1))
     tokens = torch.zeros(2, model.clip.context_length, dtype=torch.long)
     tokens[0, :3], tokens[1, :9] = torch.tensor([1, 5, 60]), torch.tensor([1, 5, 6, 7, 8, 9, 8, 7, 60])

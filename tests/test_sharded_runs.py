@@ -243,7 +243,7 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
 # ---- the command line
 
 def test_the_command_line_shares_experts_out(tmp_path):
-    said = ['stream=toy', 'stream.n_tasks=2', 'model=random', 'method=moe_merge', 'selectors=[oracle]',
+    said = ['stream=toy', 'stream.n_tasks=2', 'model=toy', 'method=moe_merge', 'selectors=[oracle]',
             'train.iterations=4', 'train.warmup=1', 'train.batch=4', 'merge.every=2',
             'experts.n_experts=4', 'experts.rank=2', 'experts.dropout=0']
     def line(name, *more):
@@ -283,7 +283,7 @@ def test_what_cannot_be_shared_out_is_refused_before_any_work(message, tmp_path)
     assert not (tmp_path/'x').exists()
 
 def test_the_command_line_refuses_it_as_well(tmp_path):
-    cfg = composed('stream=toy', 'model=random', 'method=chain', 'experts.sharded=true')
+    cfg = composed('stream=toy', 'model=toy', 'method=chain', 'experts.sharded=true')
     with pytest.raises(UsageError, match='choose experts.mix=once, or experts.sharded=false'):
         job(cfg, str(tmp_path/'x'))
 

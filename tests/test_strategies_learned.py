@@ -15,7 +15,7 @@ from moe_merge_nb.strategies.afterwards import strategy_in
 from toys import begin, end, killed
 
 SMALL = [
-    'method=moe', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'train.iterations=12', 'train.warmup=2',
+    'method=moe', 'stream=toy', 'stream.n_tasks=2', 'model=toy', 'train.iterations=12', 'train.warmup=2',
     'train.batch=8', 'experts.n_experts=6', 'experts.rank=2', 'selectors=[oracle,text]', 'classes=[task,all]']
 OPTIONS = {'cognitive': dict(beta=4., least=4), 'meta': dict(episodes=12, images=40)}
 KEPT = ['matrix.csv', 'selection.csv', 'strategy.safetensors']

@@ -193,7 +193,7 @@ def test_a_run_from_files_end_to_end():
     from moe_merge_nb.learn.method import Method
     from moe_merge_nb.learn.loop import run
     from moe_merge_nb.learn.settings import Train
-    clip, train = load_clip('pico', 'random'), Train(iterations=2, batch=3, warmup=0)
+    clip, train = load_clip('toy', 'random'), Train(iterations=2, batch=3, warmup=0)
     method = Method('m', experts=dict(n_experts=2, rank=2), train=train, selectors=('oracle', 'gaussian'))
     with tempfile.TemporaryDirectory() as d:
         root, cache, out = tree(Path(d)/'root', n=4), Path(d)/'cache', Path(d)/'out'

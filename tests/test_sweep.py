@@ -21,7 +21,7 @@ def until(condition, seconds=300):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end
-        time.sleep(.1)
+        time.sleep(.02)
 
 def alive(pid):
     "Does the process work? (one that is gone but that nobody has asked for does not)"
@@ -112,6 +112,7 @@ def test_workers_that_are_there_already_are_taken_and_the_others_are_ended(tmp_p
     ('method=moe', 0),
     ('-m seed=0,1', 0),
     ('-m seed=0,1 hydra/launcher=processes', 2),
+    ('-m seed=0,1 hydra/launcher=processes hydra.launcher.n_jobs=1', 1),
     ('--multirun experiment=demo', 2)])
 def test_a_sweep_side_by_side_has_workers_from_the_beginning(line, n, monkeypatch):
     monkeypatch.setattr(cli, 'JOB', 'math')
@@ -134,8 +135,8 @@ SWEEP = [
     *TINY,
     'seed=0,1',
     'experts.top_k=2,5',
-    'train.iterations=24',
-    'save_every=3',
+    'train.iterations=60',
+    'save_every=6',
     'selectors=[oracle]',
     'hydra/launcher=processes',
     'hydra.launcher.n_jobs=2']

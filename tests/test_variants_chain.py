@@ -150,5 +150,5 @@ def test_a_chain_merges_and_is_saved_killed_resumed_and_shared(tmp_path, monkeyp
     assert any(e['kind'] == 'merge' for e in load_result('whole').events)
     model, x = load('whole').model, torch.randn(2, 3, 32, 32)
     assert type(model.moes[0].routers[1]) is ChainRouter
-    again = load(save(model, 'shared.safetensors', name='pico', pretrained='random')).model
+    again = load(save(model, 'shared.safetensors', name='toy', pretrained='random')).model
     assert torch.equal(again.encode_image(x, 1), model.encode_image(x, 1))

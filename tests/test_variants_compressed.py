@@ -164,7 +164,7 @@ def test_gradients_are_finite_however_sure_the_router_is(mass):
 
 # ---- the whole
 
-SMALL = ['method=compressed', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=6',
+SMALL = ['method=compressed', 'stream=toy', 'stream.n_tasks=2', 'model=toy', 'save_every=2', 'train.iterations=6',
          'train.warmup=2', 'train.batch=8', 'selectors=[oracle]', 'experts.n_experts=6', 'experts.rank=2']
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
@@ -186,5 +186,5 @@ def test_vectors_are_frozen_with_their_expert(runs):
 
 def test_it_is_shared_and_answers_alike(runs):
     model, x = load(runs/'whole').model, torch.randn(2, 3, 32, 32)
-    again = load(save(model, runs/'shared.safetensors', name='pico', pretrained='random')).model
+    again = load(save(model, runs/'shared.safetensors', name='toy', pretrained='random')).model
     assert torch.equal(again.encode_image(x, 1), model.encode_image(x, 1))

@@ -188,7 +188,7 @@ def test_measuring_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 # ---- the whole
 
-SMALL = ['method=home', 'stream=toy', 'stream.n_tasks=2', 'model=random', 'save_every=2', 'train.iterations=6',
+SMALL = ['method=home', 'stream=toy', 'stream.n_tasks=2', 'model=toy', 'save_every=2', 'train.iterations=6',
          'train.warmup=2', 'train.batch=8', 'selectors=[oracle]', 'experts.n_experts=6', 'experts.rank=2',
          '+experts.options.expert.gate_rank=2']
 @pytest.fixture(scope='module')
@@ -212,5 +212,5 @@ def test_every_task_keeps_to_its_experts(runs):
 
 def test_it_is_shared_and_answers_alike(runs):
     model, x = load(runs/'whole').model, torch.randn(2, 3, 32, 32)
-    again = load(save(model, runs/'shared.safetensors', name='pico', pretrained='random')).model
+    again = load(save(model, runs/'shared.safetensors', name='toy', pretrained='random')).model
     assert torch.equal(again.encode_image(x, 1), model.encode_image(x, 1))

@@ -152,7 +152,7 @@ def test_it_is_trained_killed_resumed_and_shared(here):
     model, x = load('whole').model, torch.randn(2, 3, 32, 32)
     assert any(m.routers[1].W.any() for m in model.moes)
     assert {e['kind'] for e in load_result('whole').events} == {'refit'}
-    again = load(save(model, 'shared.safetensors', name='pico', pretrained='random')).model
+    again = load(save(model, 'shared.safetensors', name='toy', pretrained='random')).model
     assert torch.equal(again.encode_image(x, 1), model.encode_image(x, 1))
 
 def test_the_recipe():

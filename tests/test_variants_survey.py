@@ -127,5 +127,5 @@ def test_it_is_trained_killed_resumed_merged_and_shared(here):
     assert any(e['kind'] == 'merge' for e in load_result('whole').events)
     model, x = load('whole').model, torch.randn(2, 3, 32, 32)
     assert isinstance(model.moes[0].routers[1], Cosine)
-    again = load(save(model, 'shared.safetensors', name='pico', pretrained='random')).model
+    again = load(save(model, 'shared.safetensors', name='toy', pretrained='random')).model
     assert torch.equal(again.encode_image(x, 1), model.encode_image(x, 1))

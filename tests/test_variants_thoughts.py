@@ -144,7 +144,7 @@ def test_the_recipe_is_trained_killed_resumed_and_shared(tmp_path, monkeypatch):
     assert load_result('whole').config['baseline']['entropy'] == .02
     model, x = load('whole').model, torch.randn(2, 3, 32, 32)
     assert model.moes[0].routers[1].back.weight.any()                           # the interaction has learned
-    again = load(save(model, 'shared.safetensors', name='pico', pretrained='random')).model
+    again = load(save(model, 'shared.safetensors', name='toy', pretrained='random')).model
     assert torch.equal(again.encode_image(x, 1), model.encode_image(x, 1))
 
 def test_the_recipe_is_a_method():
