@@ -131,10 +131,11 @@ def run_flops(
     iterations:int=1000, # of a task
     batch:int=64, # images
     fitted:int=0, # see `passes`
+    of_block:Callable=block_flops, # may remember what it has counted
 )->pd.DataFrame: # one row per task, FLOPs
     "What every task costs in a run: its training, and all evaluations on its test images."
     demands, N, first = list(demands), image_tokens(clip), towers(clip)['text'][0]
-    flops = partial(sequence_flops, clip, each=cache(block_flops))          # many prompts are of one length
+    flops = partial(sequence_flops, clip, each=cache(of_block))          # many prompts are of one length
     image = {s: flops('image', N, s) for s in (None, sizes)}
     lengths = {n for d in demands for n in d.lengths}
     text = {(n, s): flops('text', n, s) for n in lengths for s in (None, sizes)}
@@ -142,7 +143,7 @@ def run_flops(
     for i, d in enumerate(demands):
         per_image, per_prompt = passes(len(demands), i, fitted)
         each = flops('text', d.lengths[0], sizes, training=True)
-        once = block_flops(first, d.lengths[0])[0]
+        once = of_block(first, d.lengths[0])[0]
         plain, mixed = (d.classes * sum(text[n, s] for n in d.lengths) for s in (None, sizes))
         rows.append({
             'task': d.task,

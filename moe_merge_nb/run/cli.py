@@ -26,7 +26,8 @@ def many(arguments:Sequence[str])->bool: # of the command
 def spare(arguments:Sequence[str])->Iterator[list]: # of the command
     "Workers of a sweep, which import while the caller does."
     from moe_merge_nb.run.workers import hired, kill
-    workers = [hired(JOB) for _ in range(min(2, os.cpu_count() or 1) if many(arguments) else 0)]
+    most = 1 if 'hydra.launcher.n_jobs=1' in arguments else 2
+    workers = [hired(JOB) for _ in range(min(most, os.cpu_count() or 1) if many(arguments) else 0)]
     try: yield workers
     finally: kill(workers)
 

@@ -50,13 +50,18 @@ def plain(
     return ax
 
 # %% ../../nbs/11_study/01_plots.ipynb #29023a80
-def _heat(values, cmap, ax, size=8, **kwargs):
-    "Numbers on colours: the look of every heat map here."
-    style = dict(cbar=False, linewidths=.5, linecolor='white', annot_kws={'size': size})
-    sns.heatmap(values, cmap=cmap, ax=ax, **style, **kwargs)
-    for text in ax.texts: text.set_in_layout(False)                         # they lie inside: nothing to measure
+def _heat(frame, say, ax, size=8, mask=False, **colours):
+    "Numbers on colours, drawn once; seaborn draws the whole figure to see whether names overlap."
+    values = np.ma.masked_invalid(np.ma.masked_array(frame.to_numpy(), mask))
+    mesh = ax.pcolormesh(values, linewidth=.5, edgecolors='white', **colours)
+    for (y, x), v in np.ma.ndenumerate(values):
+        ink = '.15' if sns.utils.relative_luminance(mesh.to_rgba(v)) > .408 else 'w'
+        ax.text(x + .5, y + .5, say(v), size=size, color=ink, ha='center', va='center', in_layout=False)
+    for axis, names, pixels in zip((ax.xaxis, ax.yaxis), (frame.columns, frame.index), ax.get_window_extent().size):
+        some = slice(None, None, len(names) // max(1, int(pixels / ax.figure.dpi * 7)) + 1)
+        axis.set_ticks(np.arange(len(names))[some] + .5, names[some])
+    ax.set(xlim=(0, values.shape[1]), ylim=(values.shape[0], 0), frame_on=False)
     ax.tick_params(length=0)
-    ax.tick_params(axis='y', rotation=0)
 
 def _names(ax, axis, names):
     "Task names as tick labels, at 45 degrees below the axis where there are many."
@@ -82,7 +87,7 @@ def plot_matrix(
     ax = on_axes(ax, (1.6 + .5*T, 1.2 + .4*T))
     unseen = np.triu(np.ones((T, T), bool), 1)
     for cmap, mask in (('Blues', unseen), ('Greys', ~unseen)):
-        _heat(A, cmap, ax, size, vmin=0, vmax=125, mask=mask, annot=True, fmt='.0f')
+        _heat(pd.DataFrame(A), '{:.0f}'.format, ax, size, mask=mask, vmin=0, vmax=125, cmap=cmap)
     for t in range(T): _outline(ax, t, t)
     for axis in 'xy': _names(ax, axis, tasks)
     ax.set(xlabel='tested on', ylabel='after training on')
@@ -148,8 +153,8 @@ def plot_fixed(
     runs = fixed if isinstance(fixed, list) else [fixed]
     counts = sum(fixed_counts(f, tasks, tower) for f in runs)/len(runs)
     ax = on_axes(ax, (1.5 + .45*counts.shape[1], 1 + .35*len(tasks)))
-    digits = '.0f' if len(runs) == 1 else '.1f'
-    _heat(counts, 'YlGnBu', ax, vmin=0, vmax=vmax or 2*len(tasks), annot=True, fmt=digits)
+    digits = '{:.0f}' if len(runs) == 1 else '{:.1f}'
+    _heat(counts, digits.format, ax, vmin=0, vmax=vmax or 2*len(tasks), cmap='YlGnBu')
     ax.set(xlabel=f'block of the {tower} tower', ylabel='after training on')
     return ax
 
@@ -167,7 +172,7 @@ def plot_usage(
     counts = rows.pivot(index='expert', columns='block', values='count')
     ax = on_axes(ax, (1.5 + .45*counts.shape[1], 1 + .2*len(counts)))
     share = 100*counts/counts.sum()
-    _heat(share, 'YlGnBu', ax, vmin=0, vmax=100, annot=len(counts) <= 24, fmt='.0f')
+    _heat(share, ('{:.0f}' if len(counts) <= 24 else '').format, ax, vmin=0, vmax=100, cmap='YlGnBu')
     ax.set(xlabel=f'block of the {tower} tower', ylabel='expert', title=f'{after}: selections in %')
     ax.title.set_size(10)
     return ax
@@ -231,9 +236,8 @@ def plot_confusion(
     rows = selection[(selection.selector == selector) & (selection.after == after)]
     if rows.empty: raise ValueError(f'no selection by {selector!r} after {after!r}')
     share, learned, T = _sent(rows, tasks), tasks.index(after) + 1, len(tasks)
-    text = share.map(lambda v: f'{v:.0f}' if v else '').to_numpy()
     ax = on_axes(ax, (2 + .5*T, 1.2 + .4*T))
-    _heat(share, 'YlGnBu', ax, vmin=0, vmax=130, annot=text, fmt='')
+    _heat(share, lambda v: f'{v:.0f}' if v else '', ax, vmin=0, vmax=130, cmap='YlGnBu')
     for t in range(T): _outline(ax, t if t < learned else T, t)
     if learned < T: ax.axhline(learned, color='black', linewidth=1.2)
     _names(ax, 'x', [*tasks, 'CLIP'])
