@@ -31,9 +31,11 @@ def mix_loop(
 # %% ../../nbs/3_layer/03_mix.ipynb #bfa6d42f
 def selected(
     gates:Tensor, # (batch, experts)
+    here:Tensor|None=None, # the same on the processor, where they are there already
 )->tuple[Tensor, Tensor]: # (batch, k) experts, on the processor; (batch, k) weights
     "The open gates of each row, best first; short rows are filled with their best expert at weight 0."
-    values, order = gates.detach().cpu().sort(dim=-1, descending=True, stable=True)
+    here = gates.detach().cpu() if here is None else here
+    values, order = here.sort(dim=-1, descending=True, stable=True)
     k = max(1, int((values > 0).sum(-1).max()))
     values, order = values[:, :k], order[:, :k]
     weights = gates.gather(-1, order.to(gates.device, non_blocking=True))
@@ -196,11 +198,12 @@ def mix_selected(
 )->Tensor: # (batch, tokens, width)
     "The mixture in the way that is fast for these shapes."
     if not len(x): return torch.zeros_like(x)
+    here = gates.detach().cpu()
     if not (torch.is_grad_enabled() or experts.training):                   # nobody needs an order
-        is_open = gates.cpu() > 0
+        is_open = here > 0
         k, used = int(is_open.sum(1).max()), is_open.any(0).nonzero().flatten()
         if k and len(used) <= _way(x, experts, k)[1]: return mix_few(x, gates, experts, used)
-    chosen = selected(gates)                                                # (batch, k) experts, weights
+    chosen = selected(gates, here)                                          # (batch, k) experts, weights
     return _way(x, experts, chosen[0].shape[1])[0](x, experts, *chosen)
 
 # %% ../../nbs/3_layer/03_mix.ipynb #56b054e9
