@@ -76,7 +76,7 @@ def test_one_per_block_in_training_none_per_batch_in_evaluation(rows):
 
 def test_who_asks_is_named(rows):
     rows = rows.set_index('job').loc[['training iteration']]
-    assert sorted(zip(rows.function, rows.waits)) == [('layer.mix.selected', 7), ('learn.train.step', 1)]
+    assert sorted(zip(rows.function, rows.waits)) == [('layer.mix.mix_selected', 7), ('learn.train.step', 1)]
     assert rows.line.str.contains('cpu()', regex=False).sum() == 1
 
 

@@ -34,8 +34,7 @@ def selected(
     here:Tensor|None=None, # the same on the processor, where they are there already
 )->tuple[Tensor, Tensor]: # (batch, k) experts, on the processor; (batch, k) weights
     "The open gates of each row, best first; short rows are filled with their best expert at weight 0."
-    here = gates.detach().cpu() if here is None else here
-    values, order = here.sort(dim=-1, descending=True, stable=True)
+    values, order = (gates if here is None else here).detach().cpu().sort(dim=-1, descending=True, stable=True)
     k = max(1, int((values > 0).sum(-1).max()))
     values, order = values[:, :k], order[:, :k]
     weights = gates.gather(-1, order.to(gates.device, non_blocking=True))
@@ -200,8 +199,7 @@ def mix_selected(
     if not len(x): return torch.zeros_like(x)
     here = gates.detach().cpu()
     if not (torch.is_grad_enabled() or experts.training):                   # nobody needs an order
-        is_open = here > 0
-        k, used = int(is_open.sum(1).max()), is_open.any(0).nonzero().flatten()
+        k, used = int((here > 0).sum(1).max()), (here > 0).any(0).nonzero().flatten()
         if k and len(used) <= _way(x, experts, k)[1]: return mix_few(x, gates, experts, used)
     chosen = selected(gates, here)                                          # (batch, k) experts, weights
     return _way(x, experts, chosen[0].shape[1])[0](x, experts, *chosen)
@@ -221,10 +219,9 @@ def mix_banked(
 )->Tensor: # (batch, tokens, width)
     "The mixture by all experts' stacked tensors, for evaluation on a device that need not be waited for."
     weights, order = (t[:, :k] for t in gates.sort(dim=-1, descending=True, stable=True))
-    place = torch.where(weights > 0, order, order[:, :1])                                   # (batch, k)
+    weights, place = weights * experts[0].scale, torch.where(weights > 0, order, order[:, :1]) # (batch, k)
     def all_of(name): return torch.stack([e.get_parameter(name) for e in experts])
     down, up = all_of('down.weight')[place].flatten(1, 2), all_of('up.weight').mT[place].flatten(1, 2)
-    weights = weights * experts[0].scale
     hidden = torch.baddbmm(all_of('down.bias')[place].flatten(1)[:, None], x, down.mT).relu() # (batch, tokens, k*r)
     hidden = experts[0].dropout(hidden) * weights.repeat_interleave(experts[0].down.out_features, 1)[:, None]
     return torch.baddbmm((weights[..., None] * all_of('up.bias')[place]).sum(1, keepdim=True), hidden, up)
