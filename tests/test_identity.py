@@ -128,6 +128,12 @@ def test_what_a_package_offers_by_all_counts(here):
     (here/'r.py').write_text('from pack import *\n')
     assert own_modules('r') == {'r', 'pack', 'pack.one'}
 
+def test_folders_without_init_are_followed_at_any_depth(here):
+    (here/'ns'/'sub').mkdir(parents=True)
+    (here/'ns'/'sub'/'h.py').write_text('x = 1\n')
+    (here/'r.py').write_text('from ns.sub import h\n')
+    assert own_modules('r') == {'r', 'ns.sub.h'}
+
 def test_a_text_is_no_import_where_nothing_is_imported_by_text(here):
     (here/'mean.py').write_text('x = 1\n')
     (here/'r.py').write_text('def f(states, counts, before): return "mean"\n')

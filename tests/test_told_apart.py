@@ -42,6 +42,26 @@ def test_so_does_it_with_what_lies_behind_the_settings(tmp_path, config):
     pack([example(0, **config), example(1, **other)], tmp_path/'q.csv')
     assert len(set(named(load_runs([tmp_path/'q.csv'])))) == 2
 
+def test_files_packed_one_by_one_are_told_apart_too(tmp_path):
+    for seed, every in ((0, 2), (1, 4)): pack([example(seed, merge=dict(every=every))], tmp_path/f'{seed}.csv')
+    save_result(example(2, merge=dict(every=2)), tmp_path/'d')
+    found = load_runs([tmp_path/'0.csv', tmp_path/'1.csv', tmp_path/'d'])
+    assert named(found) == ['moe_merge merge.every=2', 'moe_merge merge.every=2', 'moe_merge merge.every=4']
+
+def test_other_images_are_refused_across_packed_files(tmp_path):
+    for seed in (0, 1): pack([example(seed, data_sha256=dict(Aircraft=64*str(seed)))], tmp_path/f'{seed}.csv')
+    with pytest.raises(ValueError, match='different images under the same data seed'):
+        load_runs([tmp_path/'0.csv', tmp_path/'1.csv'])
+
+def test_a_run_beside_its_own_pack_is_one_run(tmp_path):
+    r = example(0, merge=dict(every=2), sources={'r.f': 64*'0'})
+    save_result(r, tmp_path/'d')
+    pack([r], tmp_path/'q.csv')
+    assert named(load_runs([tmp_path/'d', tmp_path/'q.csv'])) == ['moe_merge']
+
+def test_two_runs_that_nothing_tells_apart_are_not_packed(tmp_path):
+    with pytest.raises(ValueError, match='two of these runs agree in'): pack([example(0), example(0)], tmp_path/'q.csv')
+
 def test_two_settings_of_one_seed_stay_two_runs(tmp_path):
     runs = [example(0, merge=dict(every=every)) for every in (2, 4)]
     back = unpack(pack(runs, tmp_path/'q.csv'))
