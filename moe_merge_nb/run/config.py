@@ -142,6 +142,10 @@ EXPERIMENTS |= {
         'merge.combine': ['usage_weighted'],
         'merge.align': [True],
         **SHARED},
+}
+
+# %% ../../nbs/run/01_config.ipynb #5c2479cc
+EXPERIMENTS |= {
     'rates': {
         'data_seed': [50, 51],
         'train.lr': [.001, .003, .01, .02, .04, .08],
