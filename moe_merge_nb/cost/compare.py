@@ -163,7 +163,8 @@ def train_bare(case:Case):
     bare_loss(case).backward()
 
 # %% ../../nbs/cost/03_compare.ipynb #e0aa57f5
-def _prompts(case): return case.learner.tokenizer(prompts(case.learner.task)) # (C, context)
+def _prompts(case): # (C, context)
+    return case.learner.tokenizer(prompts(case.learner.task)).to(case.images.device)
 
 @torch.no_grad()
 def classify_plain(case:Case)->Tensor: # (C, d)
