@@ -34,28 +34,28 @@ def selected(
     here:Tensor|None=None, # the same on the processor, where they are there already
 )->tuple[Tensor, Tensor]: # (batch, k) experts, on the processor; (batch, k) weights
     "The open gates of each row, best first; short rows are filled with their best expert at weight 0."
-    values, order = (gates if here is None else here).detach().cpu().sort(dim=-1, descending=True, stable=True)
-    k = max(1, int((values > 0).sum(-1).max()))
-    values, order = values[:, :k], order[:, :k]
+    best = (gates if here is None else here).detach().cpu().sort(dim=-1, descending=True, stable=True)
+    k = max(1, int((best.values > 0).sum(-1).max()))
+    values, order = (t[:, :k] for t in best)
     weights = gates.gather(-1, order.to(gates.device, non_blocking=True))
     return torch.where(values > 0, order, order[:, :1]), weights
 
 # %% ../../nbs/3_layer/03_mix.ipynb #d5fbc2ca
 def side_by_side(
-    W:tuple[Tensor, ...], # matrices of one shape (r, d)
+    W:Tensor, # (n, r, d) matrices
     place:Tensor, # (batch, k) which of them
 )->Tensor: # (batch, k*r, d)
     "Those that `place` names, below each other."
-    return torch.stack(W).index_select(0, place.flatten()).unflatten(0, place.shape).flatten(1, 2)
+    return W.index_select(0, place.flatten()).unflatten(0, place.shape).flatten(1, 2)
 
 def sums(
     each:Tensor, # (batch, k*r, d)
     place:Tensor, # (batch, k)
     n:int, # matrices
-)->tuple[Tensor, ...]: # n matrices (r, d)
+)->Tensor: # (n, r, d)
     "The transpose of `side_by_side`: add up what belongs to the same matrix."
     each = each.unflatten(1, (place.shape[1], -1)).flatten(0, 1)            # (batch*k, r, d)
-    return each.new_zeros(n, *each.shape[1:]).index_add_(0, place.flatten(), each).unbind()
+    return each.new_zeros(n, *each.shape[1:]).index_add_(0, place.flatten(), each)
 
 # %% ../../nbs/3_layer/03_mix.ipynb #05d5f671
 class Down(torch.autograd.Function):
@@ -63,26 +63,26 @@ class Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx, b, x, place, *W):
         ctx.save_for_backward(x, place, *W)
-        return torch.baddbmm(b, x, side_by_side(W, place).mT)
+        return torch.baddbmm(b, x, side_by_side(torch.stack(W), place).mT)
 
     @staticmethod
     def backward(ctx, g):
         x, place, *W = ctx.saved_tensors
-        dx = g @ side_by_side(W, place).to(g.dtype) if ctx.needs_input_grad[1] else None
-        return g.sum(1, keepdim=True), dx, None, *sums((x.mT.to(g.dtype) @ g).mT, place, len(W))
+        dx = g @ side_by_side(torch.stack(W), place).to(g.dtype) if ctx.needs_input_grad[1] else None
+        return g.sum(1, keepdim=True), dx, None, *sums((x.mT.to(g.dtype) @ g).mT, place, len(W)).unbind()
 
 class Up(torch.autograd.Function):
     "b + h W^T for the W (d, r) that `place` names, added up: (batch, tokens, d)."
     @staticmethod
     def forward(ctx, b, h, place, *W):
         ctx.save_for_backward(h, place, *W)
-        return torch.baddbmm(b, h, side_by_side([w.T for w in W], place))
+        return torch.baddbmm(b, h, side_by_side(torch.stack(W).mT.contiguous(), place))
 
     @staticmethod
     def backward(ctx, g):
         h, place, *W = ctx.saved_tensors
-        dh = g @ side_by_side([w.T for w in W], place).mT.to(g.dtype)
-        return g.sum(1, keepdim=True), dh, None, *(w.T for w in sums(h.mT.to(g.dtype) @ g, place, len(W)))
+        W, dW = (t.mT.contiguous() for t in (torch.stack(W), sums(h.mT.to(g.dtype) @ g, place, len(W))))
+        return g.sum(1, keepdim=True), g @ side_by_side(W, place).mT.to(g.dtype), None, *dW.unbind()
 
 # %% ../../nbs/3_layer/03_mix.ipynb #a1e52662
 def mix_gathered(
