@@ -220,11 +220,11 @@ def mix_banked(
     "The mixture by all experts' stacked tensors, for evaluation on a device that need not be waited for."
     weights, order = (t[:, :k] for t in gates.sort(dim=-1, descending=True, stable=True))
     weights, place = weights * experts[0].scale, torch.where(weights > 0, order, order[:, :1]) # (batch, k)
-    def all_of(name): return torch.stack([e.get_parameter(name) for e in experts])
-    down, up = all_of('down.weight')[place].flatten(1, 2), all_of('up.weight').mT[place].flatten(1, 2)
-    hidden = torch.baddbmm(all_of('down.bias')[place].flatten(1)[:, None], x, down.mT).relu() # (batch, tokens, k*r)
+    def all_of(part, name): return torch.stack([getattr(getattr(e, part), name) for e in experts])
+    down, up = all_of('down', 'weight')[place].flatten(1, 2), all_of('up', 'weight').mT[place].flatten(1, 2)
+    hidden = torch.baddbmm(all_of('down', 'bias')[place].flatten(1)[:, None], x, down.mT).relu() # (batch, tokens, k*r)
     hidden = experts[0].dropout(hidden) * weights.repeat_interleave(experts[0].down.out_features, 1)[:, None]
-    return torch.baddbmm((weights[..., None] * all_of('up.bias')[place]).sum(1, keepdim=True), hidden, up)
+    return torch.baddbmm((weights[..., None] * all_of('up', 'bias')[place]).sum(1, keepdim=True), hidden, up)
 
 # %% ../../nbs/3_layer/03_mix.ipynb #af8f942c
 Mix = Callable[[Tensor, Callable[..., Tensor], nn.ModuleList], Tensor]  # x, route, experts -> (batch, tokens, width)
