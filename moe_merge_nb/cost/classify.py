@@ -7,6 +7,7 @@ __all__ = ['sides', 'costs']
 
 # %% ../../nbs/cost/11_classify.ipynb #fcf11479
 from collections.abc import Callable
+from functools import partial
 import pandas as pd
 import torch
 from torch import nn, Tensor
@@ -21,11 +22,10 @@ from ..run.describe import Words
 
 # %% ../../nbs/cost/11_classify.ipynb #d3137036
 def sides(
-    images:Tensor, # (n, 3, 32, 32)
     settings:Experts=Experts(rank=16), # as on MTIL-mini
     classes:int=20, # of the task
     in_use:int=4, # experts that the router chooses from; a trained one uses 2 to 6 in a batch
-)->dict[str, Callable[[], object]]: # side -> what it does
+)->dict[str, Callable[[Tensor], object]]: # side -> what it does with images (n, 3, 32, 32)
     "Pico, bare, with experts, and as a classifier of one task."
     clip, tokenizer = load_clip()
     model = AdaptedCLIP(clip, settings).eval()
@@ -35,23 +35,25 @@ def sides(
         router.closed[in_use:] = True
     words = Words('one', tuple(class_names(classes)), ('a photo of a {}.',))
     c = Classifier(model, tokenizer, [words])
-    def passes(encode):
+    def passes(images, encode):
         with torch.no_grad(): return [encode(x) for x in images.split(c.batch)]
     return {
-        'bare': lambda: passes(lambda x: encode_image(clip, x)),
-        'experts': lambda: passes(lambda x: model.encode_image(x, 0)),
-        'classifier': lambda: c(images, task=0, progress=False),
-        'selector': lambda: c(images, selector='CLIP', classes=['cat', 'dog'], progress=False)}
+        'bare': lambda images: passes(images, lambda x: encode_image(clip, x)),
+        'experts': lambda images: passes(images, lambda x: model.encode_image(x, 0)),
+        'classifier': lambda images: c(images, task=0, progress=False),
+        'selector': lambda images: c(images, selector='CLIP', classes=['cat', 'dog'], progress=False)}
 
 # %% ../../nbs/cost/11_classify.ipynb #be5c8a9e
 def costs(
     images:int=400,
     rounds:int=3,
+    turn:int=1000, # images of a side before it is the next one's turn
 )->pd.DataFrame: # side x seconds, over bare, over experts
     "Medians of the sides in turns, as ratios."
-    jobs = sides(torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
-    for job in jobs.values(): job() # which keeps the texts
-    seconds = pd.DataFrame(interleaved(jobs, rounds)).median()
+    jobs, pixels = sides(), torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for job in jobs.values(): job(pixels[:turn]) # which keeps the texts
+    def timed(x): return pd.DataFrame(interleaved({side: partial(job, x) for side, job in jobs.items()}, rounds))
+    seconds = sum(map(timed, pixels.split(turn))).median() # of the rounds
     return pd.DataFrame({
         'ms per image': 1000*seconds/images,
         'over bare': seconds/seconds['bare'],

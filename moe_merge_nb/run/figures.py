@@ -15,7 +15,7 @@ from ..learn.results import Result, selectors
 from .runs import load_all
 from ..safe.files import write_text
 from ..study import one_run
-from ..study.measured import measured
+from ..study.measured import known_runs, measured
 from ..study.one_run import MEANS, beside, cannot_tell
 from ..study.tables import latex, per_task, table, with_interval
 
@@ -38,7 +38,7 @@ def figure_notebooks(names:Sequence[str]=NOTEBOOKS)->list[Path]:
 def beside_stored(results:list[Result])->pd.DataFrame:
     "`ranges` of the runs on MTIL-mini, of which runs are stored."
     known = [r for r in results if r.config['stream'] == 'mini']
-    return one_run.ranges(known, measured() if known else [])
+    return one_run.ranges(known, known_runs() if known else [])
 
 def chosen(
     ranges:pd.DataFrame, # of `beside_stored`

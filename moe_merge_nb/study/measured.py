@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDER', 'FIELDS', 'CHOICES', 'MADE', 'STUDY', 'moes', 'frozen_last', 'ordered', 'store', 'invented', 'measured',
-           'about']
+           'known_runs', 'about']
 
 # %% ../../nbs/11_study/08_measured.ipynb #165d8f29
 import tempfile
@@ -129,6 +129,10 @@ def measured(
     if not (folder/f'{name}.csv.gz').is_file(): return invented()
     full = {_key(r): r for r in map(_unzip, sorted(folder.glob(f'{name}-*.zip')))}
     return [full.get(_key(r), r) for r in unpack(folder/f'{name}.csv.gz')]
+
+def known_runs()->list[Result]:
+    "Runs of MTIL-mini as it is, on every kind of processor that was met: what one run is compared with."
+    return [r for name in ('mini', 'demo', 'machines') for r in measured(name)]
 
 def about(runs:list[Result])->str:
     "One line: how many runs of what."

@@ -49,15 +49,14 @@ def _usual(name):
 
 def same_kind(
     run:Result,
-    stored:Result, # may know fewer settings
-)->bool:
-    "Whether nothing but the seed distinguishes the two."
+    stored:Result,
+)->bool: # what one of them does not say is taken as usual
+    "Whether nothing but the seed, and the machine, distinguishes the two."
     name = run.config.get('learned_by', run.config['method']) # without the settings that a table adds
     if name != stored.config['method'] or name not in METHODS: return False
     if (run.config.get('model') or 'pico', run.config.get('pretrained')) != ('pico', None): return False
-    own, known = _settings(run.config), _settings(stored.config)
-    alike = all(field_of(run, n) == field_of(stored, n) for n in KIND)
-    return alike and known.items() <= own.items() <= (_usual(name) | known).items()
+    usual, alike = _usual(name), all(field_of(run, n) == field_of(stored, n) for n in KIND)
+    return alike and usual | _settings(run.config) == usual | _settings(stored.config)
 
 # %% ../../nbs/11_study/10_one_run.ipynb #c96b34b8
 def ranges(
