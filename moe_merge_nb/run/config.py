@@ -175,11 +175,11 @@ EXPERIMENTS |= {
     'photos_rates': {
         'train.lr': [.001, .003, .01, .02, .04],
         **OF_PHOTOS,
-        **paired('moe', 'moe_merge', order=PHOTOS[:1], seed=[0, 1])},
+        **paired('moe', 'moe_merge', order=PHOTOS[:1], seed=[0])},
     'photos_rates_full': {
         'train.lr': [.0001, .0002, .0005, .001, .002],
         'method': ['finetune'],
         'order': PHOTOS[:1],
-        'seed': [0, 1],
+        'seed': [0],
         **OF_PHOTOS},
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from .classify import Classifier
 from .question import PlainCLIP
 from ..select.select import Oracle
-from ..streams.given import chunks, listed
+from ..streams.given import Row, chunks, listed
 
 # %% ../../nbs/run/explore.ipynb #d1590564
 class Look(NamedTuple):
@@ -119,7 +119,7 @@ def everything(items:Any)->Sequence[Any]:
 
 def one(holds:Any)->Any: # see `Source`
     "An image as a classifier takes it."
-    return holds[0][holds[1]][0] if isinstance(holds, tuple) else holds
+    return holds.one if isinstance(holds, Row) else holds
 
 def explorer(
     runs:Mapping[str, Classifier],
