@@ -7,9 +7,11 @@ import ctypes.util
 import gc
 import os
 import signal
+from threading import RLock
 import pytest
 from hydra.core.config_store import ConfigStore
 from hypothesis import HealthCheck, settings
+from tqdm import tqdm
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 ALWAYS = dict(deadline=None, database=None, suppress_health_check=SLOW)
@@ -19,6 +21,10 @@ settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'ci'))
 
 # Hydra copies all that it was told for every composition, which is half of the time that one takes; nothing changes it
 ConfigStore.__deepcopy__ = lambda self, memo: self
+
+# by default all forked processes share one lock, which one that is killed with it in its hands would never give back
+tqdm.set_lock(RLock())
+tqdm.monitor_interval = 0
 
 # a shell that runs this in its background has Ctrl-C ignored, and all that is started here would inherit that
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from moe_merge_nb.clip.backbone import load_clip
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from moe_merge_nb.clip.backbone import pico_tokenizer
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.layer.experts import Expert
 from moe_merge_nb.layer.mix import mix_loop
@@ -51,17 +52,24 @@ def capturing(box): return lambda logits: box['by'] * top_k_gates(logits, 2)
 
 def model_of(**kinds):
     "Adapters that say something"
-    clip, _ = load_clip()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AdaptedCLIP(copy.deepcopy(clip), n_experts=4, rank=4, scale=1., **kinds)
+        model = AdaptedCLIP(copy.deepcopy(BACKBONE), n_experts=4, rank=4, scale=1., **kinds)
         for _ in STREAM: model.add_task()
         for m in model.moes:
             for e in m.experts: nn.init.normal_(e.up.weight, std=.3)
             for r in m.routers: nn.init.normal_(r.gate)
     return model.eval()
 
-TOKENIZER = load_clip('toy', 'random')[1]
+def narrow():
+    "A CLIP of two blocks a tower"
+    image = CLIPVisionCfg(image_size=32, patch_size=16, width=16, layers=2, head_width=8)
+    text = CLIPTextCfg(context_length=20, vocab_size=4514, width=16, heads=2, layers=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return CLIP(16, image, text).eval().requires_grad_(False)
+
+BACKBONE, TOKENIZER = narrow(), pico_tokenizer()
 
 def row(model, cache=None, tokenizer=TOKENIZER, stream=STREAM):
     "Two accuracies of two selectors"
@@ -83,7 +91,6 @@ def same_as_fresh(model, cache, **how):
     return fresh
 
 SETTINGS = dict(expert=Mine, router=Warm, gate=gate, mix=mix)
-def block(model): return model.moes[2]
 def every(model, change):
     for m in model.moes:
         for e in m.experts: change(e)
@@ -103,9 +110,9 @@ CHANGES = {
     'an option of a gate': lambda m: [setattr(moe, 'gate', partial(soft, k=1)) for moe in m.moes],
     'a mix': lambda m: [setattr(moe, 'mix', lambda *a: 2 * mix_loop(a[0], a[1](a[0]), a[2])) for moe in m.moes],
     'an option of a mix': lambda m: [setattr(moe, 'mix', partial(mix, sharp=3.)) for moe in m.moes],
-    'the frozen model': lambda m: m.clip.visual.ln_post.weight.mul_(torch.linspace(.1, 3, 128)),
+    'the frozen model': lambda m: m.clip.visual.ln_post.weight.mul_(torch.linspace(.1, 3, 16)),
     'a number of the frozen model': lambda m: setattr(m.clip.visual.ln_post, 'eps', 1.),
-    'a hook on the frozen model': lambda m: m.clip.transformer.resblocks[1].register_forward_hook(lambda *a: a[-1] * 3),
+    'a hook on the frozen model': lambda m: m.clip.transformer.resblocks[0].register_forward_hook(lambda *a: a[-1] * 3),
     'a hook before': lambda m: m.clip.visual.ln_post.register_forward_pre_hook(lambda m, a: (a[0].abs(),)),
 }
 

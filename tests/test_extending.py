@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from moe_merge_nb.baselines.methods import method as named
+from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.learn import loop
 from moe_merge_nb.learn.callbacks import FreezeMostUsed
 from moe_merge_nb.learn.learner import Callback
@@ -39,6 +40,11 @@ METHODS = {
     'moe_copy': Method('moe_copy', merge=Merge(every=0, start='copy'), **FEW),
 }
 QUIET = dict(progress=False)
+BACKBONE = dict(backbone=load_clip('toy', 'random'), config=dict(model='toy', pretrained='random'))
+
+def learned(stream, method, *seed, **where):
+    "A run of the smallest model, which is named in it."
+    return run(stream, method, *seed, **BACKBONE, **where, **QUIET)
 
 def equal(a, b):
     "Are two trees the same, to the bit?"
@@ -57,11 +63,11 @@ def rows(result, tasks=None):
 def three(tmp_path_factory):
     "Runs of three tasks, in directories."
     d = tmp_path_factory.mktemp('three')
-    for name, method in METHODS.items(): run(first(STREAM, 3), method, 7, directory=d/name, **QUIET)
+    for name, method in METHODS.items(): learned(first(STREAM, 3), method, 7, directory=d/name)
     return d
 
 @cache
-def at_once(name): return run(STREAM, METHODS[name], 7, **QUIET)
+def at_once(name): return learned(STREAM, METHODS[name], 7)
 
 @pytest.fixture(scope='module')
 def extended(three, tmp_path_factory):
@@ -171,7 +177,7 @@ def full(tmp_path_factory):
     d = tmp_path_factory.mktemp('full')/'run'
     freeze = FreezeMostUsed(n=3)
     method = replace(METHODS['moe'], freeze=freeze, experts=dict(n_experts=3, rank=2))
-    run(first(STREAM, 2), method, directory=d, **QUIET)
+    learned(first(STREAM, 2), method, directory=d)
     result = load_result(d, adapters=True, selectors=True)
     for k, w in result.adapters.items():
         if k.endswith('.frozen'): w.fill_(True)
@@ -212,7 +218,7 @@ def test_frozen_experts_can_be_shared_if_that_is_meant(full):
 @pytest.mark.parametrize('name, says', [('zero_shot', "'zero_shot' trains nothing"), ('finetune', "trains backbone")])
 def test_a_method_without_experts_is_refused_by_name(name, says):
     method = replace(named(name), train=Train(iterations=1, batch=4))
-    result = run(first(STREAM, 1), method, **QUIET)
+    result = learned(first(STREAM, 1), method)
     with pytest.raises(ValueError, match=says): extend(result, NEW, **QUIET)
 
 def test_a_run_that_kept_no_states_is_refused(three):

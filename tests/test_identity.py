@@ -408,7 +408,7 @@ def test_what_was_put_into_a_dictionary_counts_too(here):
             describe(toy_stream(1), Method('m', merge=Merge(combine='mine')), 0, True)
 
 def test_a_model_function_of_ones_own_counts_by_its_file(here):
-    text = 'from moe_merge_nb.clip.backbone import load_clip\ndef f(): return load_clip("pico", "random")\n'
+    text = 'from moe_merge_nb.clip.backbone import load_clip\ndef f(): return load_clip("toy", "random")\n'
     own = 'method=zero_shot', 'model=m.f', 'image_size=32'
     (here/'m.py').write_text(text)
     first = finished(*own)

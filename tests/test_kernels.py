@@ -3,9 +3,11 @@ import subprocess
 import sys
 from pathlib import Path
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 from moe_merge_nb.learn.results import example_result
 from moe_merge_nb.learn.saved import save_result
 from moe_merge_nb.run import figures, kernels, report
+from moe_merge_nb.run.executed import executed
 from moe_merge_nb.study.measured import measured
 
 def test_the_command_imports_nothing_heavy_before_its_kernels_run():
@@ -27,6 +29,20 @@ def test_kernels_work_in_empty_folders_and_end_with_the_block(idle):
         raise KeyError('anything')
     assert not any(k.has_kernel for k in two) and all(p.poll() is not None for p in processes)
     assert not any(d.exists() for d in folders)
+
+def test_two_share_the_sections_and_the_page_keeps_their_order(monkeypatch):
+    monkeypatch.setattr(kernels, 'START', kernels.START.replace('import moe_merge_nb.run.figures', 'pass'))
+    cells = [new_code_cell('import os, time')]
+    for i in range(4):
+        cells += [new_code_cell(f'time.sleep({.5 - i/10})', metadata=dict(section=i))]
+        cells += [new_code_cell(f'print({i}, os.getpid())', metadata=dict(section=i))]
+    nb = new_notebook(cells=cells)
+    with kernels.begun(2) as two:
+        pids = {k.provisioner.process.pid for k in two}
+        assert executed(nb, two, progress=False) == []
+    said = [c.outputs[0].text.split() for c in nb.cells if c.source.startswith('print')]
+    assert [i for i, _ in said] == ['0', '1', '2', '3'] and {int(pid) for _, pid in said} == pids
+    assert [c.id for c in nb.cells] == [c.id for c in cells]
 
 def test_there_are_none_where_nothing_can_execute_notebooks(idle, monkeypatch):
     monkeypatch.setitem(sys.modules, 'nbclient', None)                              # as if not installed

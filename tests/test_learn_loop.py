@@ -29,6 +29,7 @@ torch.manual_seed(0)
 image = CLIPVisionCfg(image_size=32, patch_size=16, width=16, layers=1, head_width=8)
 text = CLIPTextCfg(context_length=20, vocab_size=4514, width=16, heads=2, layers=1)
 backbone = CLIP(16, image, text).eval().requires_grad_(False), pico_tokenizer()
+EVERY = 'oracle', 'gaussian', 'autoencoder', 'text'
 quick = Train(iterations=8, batch=8, lr=1e-2, warmup=2)
 from moe_merge_nb.learn import loop # tests patch names of the module
 def small(name='moe_merge', **kw):
@@ -46,11 +47,34 @@ def learned(method=None, n_tasks=2, seed=0, **kw):
 def undisturbed():
     "The small method's run."
     return learned()
+@cache
+def of_three_tasks():
+    "The same method's, with every selector."
+    return learned(small(selectors=EVERY), 3)
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "The small method's run, and where it is saved."
+    d = str(tmp_path_factory.mktemp('finished'))
+    return learned(directory=d), d
+@cache
+def method_learned(name):
+    "What the method of that name, shortened, makes of it."
+    return learned(of_configuration(name))
+def of_configuration(name):
+    "A method of the configuration, shortened: ZSCL sees few images of others, and often."
+    m = METHODS[name]
+    short = shortened(m, 4, merge=m.merge and Merge(every=2), selectors=m.selectors[:2])
+    return replace(short, baseline=replace(m.baseline, every=2, l2=.1, n=64, batch=8)) if name == 'zscl' else short
 def plainly(name, tune, **kw):
     "A method without adapters."
     return Method(name, tune=tune, experts=None, selectors=('none',), **kw)
+@cache
+def zero_shot():
+    "What plain CLIP makes of it."
+    return learned(plainly('zero_shot', 'nothing'))
 from pathlib import Path
 from unittest.mock import patch
+from moe_merge_nb.baselines.methods import METHODS
 from moe_merge_nb.learn import state
 class PullThePlug(Callback):
     "Interrupts the run in its second task, once."
@@ -88,22 +112,21 @@ def made(folder, name=None):
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not():
-    a, b, c = (learned(seed=seed) for seed in (0, 0, 1))
+    a, b, c = undisturbed(), learned(seed=0), learned(seed=1)
     assert a.matrix.equals(b.matrix) and a.usage.equals(b.usage) and a.events == b.events
     assert all(torch.equal(t, b.adapters[k]) for k, t in a.adapters.items())
     assert not a.usage.equals(c.usage)
 
 
 def test_zero_shot_is_the_same_row_every_time():
-    r = learned(plainly('zero_shot', 'nothing'))
+    r = zero_shot()
     A = accuracy_matrix(r, 'none')
     assert (A[0] == A[1]).all() and r.adapters is None
 
 
 def test_with_the_oracle_unseen_tasks_are_at_zero_shot_level_exactly():
-    zero = learned(plainly('zero_shot', 'nothing'))
     A = accuracy_matrix(undisturbed(), 'oracle')
-    assert A[0, 1] == accuracy_matrix(zero, 'none')[0, 1]
+    assert A[0, 1] == accuracy_matrix(zero_shot(), 'none')[0, 1]
 
 
 def test_fine_tuning_changes_its_own_copy_and_nothing_else():
@@ -113,11 +136,9 @@ def test_fine_tuning_changes_its_own_copy_and_nothing_else():
     assert r.usage.empty and not r.events
 
 
-def test_a_run_is_saved_after_every_task_and_reads_back():
-    import tempfile
-    with tempfile.TemporaryDirectory() as d:
-        r = learned(directory=d)
-        back = load_result(d, adapters=True)
+def test_a_run_is_saved_after_every_task_and_reads_back(finished):
+    r, d = finished
+    back = load_result(d, adapters=True)
     assert back.config['seed'] == 0 and back.config['merge']['every'] == 4 and len(back.events) == len(r.events)
     assert (accuracy_matrix(back, 'oracle') == accuracy_matrix(r, 'oracle')).all()
     assert back.adapters.keys() == r.adapters.keys()
@@ -125,15 +146,15 @@ def test_a_run_is_saved_after_every_task_and_reads_back():
 
 def test_an_interrupted_run_goes_on_where_it_stopped():
     import os, signal, tempfile
-    method = small(merge=Merge(every=4, protect=True), selectors=('oracle', 'gaussian', 'autoencoder', 'text'))
-    straight = learned(method, 3)
-    says = 'stopped in task 2 of 3; the same command goes on from'
-    for number in (signal.SIGINT, signal.SIGTERM):
+    method = small(merge=Merge(every=4, protect=True), selectors=EVERY)
+    cases = (signal.SIGINT, method, 3, learned(method, 3)), (signal.SIGTERM, small(), 2, undisturbed())
+    for number, method, n, straight in cases:
+        says = f'stopped in task 2 of {n}; the same command goes on from'
         with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', lambda: os.kill(os.getpid(), number)):
-            with pytest.raises(Stopped, match=says) as e: learned(method, 3, directory=f'{d}/run')
+            with pytest.raises(Stopped, match=says) as e: learned(method, n, directory=f'{d}/run')
             assert e.value.number == number and signal.getsignal(number) is not None
             assert iteration_saved(f'{d}/run') == 7 # after the iteration in hand
-            resumed = learned(method, 3, directory=f'{d}/run')
+            resumed = learned(method, n, directory=f'{d}/run')
             assert not list(Path(d, 'run').glob('checkpoint*'))
             assert load_result(f'{d}/run').timings == resumed.timings
         same(resumed, straight)
@@ -141,12 +162,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped():
 
 def test_every_method_goes_on_in_the_middle_of_a_task():
     import tempfile
-    from moe_merge_nb.baselines.methods import METHODS
     for m in METHODS.values():
         if m.tune == 'nothing' or m.name in ('adapter', 'moe'): continue
-        short = shortened(m, 4, merge=m.merge and Merge(every=2), selectors=m.selectors[:1])
-        if m.name == 'zscl': short = replace(short, baseline=replace(m.baseline, every=2, l2=.1, n=64, batch=8))
-        straight = learned(short)
+        short, straight = of_configuration(m.name), method_learned(m.name)
         with tempfile.TemporaryDirectory() as d, plugged(f'{d}/flag', pull, 3):
             with pytest.raises(MemoryError): learned(short, directory=f'{d}/run', save_every=3)
             assert iteration_saved(f'{d}/run') == 3, m.name
@@ -167,14 +185,12 @@ def test_asked_to_end_in_evaluation_a_run_ends_at_once_and_does_not_train_again(
         same(learned(directory=d), straight)
 
 
-def test_a_finished_run_is_read_and_not_done_again():
-    import tempfile
-    with tempfile.TemporaryDirectory() as d:
-        a = learned(directory=d)
-        with never_begun(): b = learned(directory=d)
-        same(b, a)
-        assert b.config['seconds'] == a.config['seconds'] > 0
-        with pytest.raises(NotThisRun, match='holds a run with another seed .0, not 1.'): learned(seed=1, directory=d)
+def test_a_finished_run_is_read_and_not_done_again(finished):
+    a, d = finished
+    with never_begun(): b = learned(directory=d)
+    same(b, a)
+    assert b.config['seconds'] == a.config['seconds'] > 0
+    with pytest.raises(NotThisRun, match='holds a run with another seed .0, not 1.'): learned(seed=1, directory=d)
 
 
 def test_both_label_spaces_are_evaluated_and_belong_to_the_run():
@@ -314,8 +330,8 @@ def test_two_processes_make_the_same_merges_and_weights_as_one():
 
 
 def test_with_and_without_a_cache_the_matrix_is_the_same():
-    method = small(selectors=('oracle', 'gaussian', 'autoencoder', 'text'))
-    on, off = (learned(method, 3, cache_mb=mb) for mb in (1024, 0))
+    method = small(selectors=EVERY)
+    on, off = of_three_tasks(), learned(method, 3, cache_mb=0)
     assert on.matrix.equals(off.matrix) and on.selection.equals(off.selection)
     assert any(e['kind'] == 'merge' for e in on.events)
     def spent(r, what): return sum(t[what] for t in r.timings.values())
@@ -326,15 +342,11 @@ def test_with_and_without_a_cache_the_matrix_is_the_same():
 
 
 def test_every_method_of_the_configuration_learns_the_toy_stream():
-    from moe_merge_nb.baselines.methods import METHODS
-    for m in METHODS.values():
-        short = shortened(m, 3, selectors=m.selectors[:2], merge=m.merge and Merge(every=2))
-        if m.name == 'zscl': short = replace(short, baseline=replace(m.baseline, every=2, n=64, batch=8))
-        r = learned(short)
-        assert accuracy_matrix(r, m.selectors[0]).shape == (2, 2), m.name
+    for name, m in METHODS.items():
+        assert accuracy_matrix(method_learned(name), m.selectors[0]).shape == (2, 2), name
 
 
 def test_two_experts_at_most_are_fixed_per_block_and_task():
-    r = learned(n_tasks=3)
+    r = of_three_tasks()
     per = r.fixed.groupby(['after', 'tower', 'block']).expert.nunique()
     assert len(per) == 3 * 2 and (per == 2).all()

@@ -25,7 +25,7 @@ from moe_merge_nb.streams.tasks import Stream, toy_stream
 TOY = [
     'stream=toy', 'stream.n_tasks=2', 'stream.n_train=12', 'stream.n_test=6', 'method=moe', 'train.iterations=2',
     'train.batch=4', 'experts.n_experts=4', 'experts.rank=2', 'freeze.n=1', 'selectors=[oracle]', 'image_size=32']
-MODEL = 'from moe_merge_nb.clip.backbone import load_clip\ndef f():\n    clip, t = load_clip("pico", "random")\n'
+MODEL = 'from moe_merge_nb.clip.backbone import load_clip\ndef f():\n    clip, t = load_clip("toy", "random")\n'
 STRATEGY = 'def f(view): return view.logits(view.s)\n'
 FEW = dict(steps=2)
 

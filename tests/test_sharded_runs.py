@@ -38,7 +38,7 @@ torch.manual_seed(0)
 image = CLIPVisionCfg(image_size=32, patch_size=16, width=16, layers=2, head_width=8)
 text = CLIPTextCfg(context_length=20, vocab_size=4514, width=16, heads=2, layers=2)
 BACKBONE = CLIP(16, image, text).eval().requires_grad_(False), pico_tokenizer()
-TRAIN = Train(iterations=10, batch=8, lr=1e-2, warmup=2)
+TRAIN = Train(iterations=8, batch=8, lr=1e-2, warmup=2)
 
 
 def method(sharded=True, **kw):

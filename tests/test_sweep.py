@@ -14,7 +14,7 @@ from moe_merge_nb.run.sweep import at_once, side_by_side
 from moe_merge_nb.run.workers import hired
 from moe_merge_nb.safe.checkpoint import read_tree
 from test_cli_process import TINY
-from toys import begin, end
+from toys import begin, end, forked
 
 def until(condition, seconds=300):
     "Wait for it."
@@ -164,8 +164,13 @@ def is_left(folder, workers):
     shared = [p.name for p in Path('/dev/shm').iterdir()] if Path('/dev/shm').is_dir() else []
     return found + [name for name in shared if any(str(w) in name for w in workers)]
 
+@pytest.fixture
+def warm():
+    "Workers that need not import what this process has; `test_cli_process` has a sweep of new ones."
+    with forked(): yield
+
 @pytest.mark.skipif(not Path('/proc/self/task').is_dir(), reason='who works for whom is read from /proc')
-def test_ctrl_c_and_a_killed_parent_lose_nothing_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_and_a_killed_parent_lose_nothing_and_the_same_command_goes_on(tmp_path, warm):
     first = begin(SWEEP, tmp_path)
     workers = at_work(tmp_path, first)
     os.kill(first, signal.SIGINT)

@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 import torch
+from hydra.core.plugins import Plugins
 from moe_merge_nb.clip.backbone import load_clip
 from moe_merge_nb.layer.adapt import AdaptedCLIP
 from moe_merge_nb.run import cli, command, workers  # noqa: F401
+from moe_merge_nb.run.options import configure
 
 
 def toy_model(n_tasks=2, seed=0, name='pico', **kinds):
@@ -35,9 +37,15 @@ SMALL = [
     'train.warmup=2', 'selectors=[oracle]', 'train.batch=8', 'experts.n_experts=6', 'experts.rank=2']
 LEFT = ['matrix.csv', 'selection.csv', 'usage.csv', 'fixed.csv', 'events.jsonl', 'adapters.safetensors']
 
+def told():
+    "Hydra knows of every choice and of its plugins, before a process is forked: a third of what a small run costs."
+    configure()
+    Plugins.instance()
+
 def begin(arguments, cwd='.', out='out.txt', err='err.txt'):
     """`moe-merge` in a forked process: its number. To start Python and to import torch costs more than what is tested.
     It has its own output, signals and exit code."""
+    told()
     pid = os.fork()
     if pid: return pid
     code = 1
@@ -89,6 +97,7 @@ def whole_and_killed(arguments):
 class Forked:
     "A worker that is a fork of this process instead of a new one: what `workers.hired` asks of subprocess.Popen."
     def __init__(self, command, pass_fds, **how):
+        told()
         self.code, self.pid = None, os.fork()
         if not self.pid: self.begin([int(n) for n in command[3:5]], pass_fds[0])
 

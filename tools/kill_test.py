@@ -19,10 +19,12 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from threading import RLock
 import numpy as np
 import torch
 from accelerate import Accelerator
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from tqdm import tqdm
 from moe_merge_nb.baselines.icarl import ICaRL
 from moe_merge_nb.baselines.lwf import LwF
 from moe_merge_nb.baselines.zscl import ZSCL
@@ -209,6 +211,7 @@ def undisturbed(method: Method, world: tuple) -> tuple[dict[str, bytes], float]:
 def main(n: int, seed: int, out: str | None) -> int:
     "Kill `n` times; 0 if all runs ended with the same bytes."
     torch.set_num_threads(1)
+    tqdm.set_lock(RLock())                                                      # forked processes share the default one
     world = (tiny(), pico_tokenizer()), Accelerator(cpu=True)
     rng, straight, rows, i = random.Random(seed), {}, [], 0
     while len(rows) < n and i < 5 * n:                                          # a kill that came too late is none
