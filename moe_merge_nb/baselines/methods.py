@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TRAIN', 'MINI_EXPERTS', 'MTIL_EXPERTS', 'STUDIED', 'RATES', 'MTIL_LR', 'MTIL_FEW_LR', 'MTIL_FULL_LR', 'FULL',
            'MINI_FULL_LR', 'MINI_BASELINES', 'MTIL_BASELINES', 'MINI_HEADS', 'MTIL_HEADS', 'SLOW', 'PROTOCOLS',
-           'METHODS', 'SYSTEMS', 'Protocol', 'at_size', 'full', 'fixed', 'methods', 'method', 'own_method']
+           'OF_PROTOCOL', 'METHODS', 'SYSTEMS', 'Protocol', 'at_size', 'full', 'fixed', 'methods', 'method',
+           'own_method']
 
 # %% ../../nbs/7_baselines/06_methods.ipynb #ca2e7a7f
 import pkgutil
@@ -122,7 +123,9 @@ def methods(p:Protocol)->dict[str, Method]:
     ]
     return {m.name: m for m in found}
 
-METHODS = methods(PROTOCOLS['mini'])
+# %% ../../nbs/7_baselines/06_methods.ipynb #7f86e1ae
+OF_PROTOCOL = {name: methods(p) for name, p in PROTOCOLS.items()}
+METHODS = OF_PROTOCOL['mini']
 SYSTEMS = { # name -> where Python finds a function from a `Protocol` to a `Method`: recipes of later chapters
     'home': 'moe_merge_nb.variants.home.home',
     'thoughts': 'moe_merge_nb.variants.thoughts.recipe',
@@ -142,8 +145,8 @@ def method(
     "The method of that name, with changes; ValueError lists the names there are."
     if protocol not in PROTOCOLS: raise ValueError(f'protocol is {protocol!r}: choose one of {list(PROTOCOLS)}')
     few = f'{protocol}_few'
-    p = PROTOCOLS[few if shots and few in PROTOCOLS else protocol]
-    found = methods(p)[name] if name in METHODS else own_method(SYSTEMS.get(name, name), p)
+    by = few if shots and few in PROTOCOLS else protocol
+    found = OF_PROTOCOL[by][name] if name in METHODS else own_method(SYSTEMS.get(name, name), PROTOCOLS[by])
     return replace(found, **changes)
 
 def own_method(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from ..clip.encode import encode_text
 from ..streams.scenes import BACKGROUNDS
-from ..streams.draw import glyph, pictures
+from ..streams.draw import in_font, pictures
 from ..streams.images import open_image, test_transform
 from .lwf import check_numbers, distil_both_ways, features
 from ..streams.mini import DOMAINS
@@ -33,11 +33,6 @@ _BLOCKS = range(0x2600, 0x27c0), range(0x1f300, 0x1f650), range(0x1f680, 0x1f6d3
 
 def _words(text): return {w.rstrip('s') for w in re.findall('[a-z]+', text.lower())} # singular, more or less
 
-def _in_font(char):
-    try: glyph(char)
-    except ValueError: return False
-    return True
-
 @cache
 def bystanders()->dict[str, str]: # glyph -> its name
     "OpenMoji's glyphs that name no class of MTIL-mini."
@@ -47,7 +42,7 @@ def bystanders()->dict[str, str]: # glyph -> its name
     for char in (chr(i) for block in _BLOCKS for i in block):
         name = unicodedata.name(char, '').lower()
         if not name or char in glyphs or _words(name) & taken or 'modifier' in name: continue
-        if _in_font(char): found[char] = name
+        if in_font(char): found[char] = name
     return found
 
 # %% ../../nbs/7_baselines/03_zscl.ipynb #e44f0d13
