@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import fields as fields_of
 from pathlib import Path
+import numpy as np
 import pandas as pd
 from .method import Method
 from .results import PAIR, TABLES, Result, field_of, only_last
@@ -128,15 +129,23 @@ PACKED = [ # what is no text
     ('fixed', 'expert', int),
 ]
 
-def _merge_event(r):
-    n = int(float(r.value))
-    return dict(kind='merge', task=r.after, tower=r.tower, block=int(r.block), count=n)
+def _events(df, run):
+    "f(number of a run) -> its merges."
+    rows, found = df[df.kind == 'merge'], {}
+    said = zip(run[rows.index], *(rows[c].tolist() for c in ('after', 'tower', 'block', 'value')))
+    for n, task, tower, block, value in said:
+        event = dict(kind='merge', task=task, tower=tower, block=int(block), count=int(float(value)))
+        found.setdefault(n, []).append(event)
+    return lambda n: found.get(n, [])
 
 def _by_run(rows, run):
     "f(number of a run) -> its rows."
-    found = dict(list(rows.groupby(run[rows.index].to_numpy())))
-    return lambda n: found.get(n, rows[:0]).reset_index(drop=True)
+    number = run[rows.index].to_numpy()
+    order = np.argsort(number, kind='stable')
+    rows, number = rows.iloc[order], number[order]
+    return lambda n: rows.iloc[slice(*np.searchsorted(number, [n, n + 1]))].reset_index(drop=True)
 
+# %% ../../nbs/6_learn/16_pack.ipynb #7ab1e0f5
 def _table(df, kind, run):
     "`_by_run` for rows of one kind, as the table that they are of."
     t, value = KINDS[kind]
@@ -148,7 +157,7 @@ def _table(df, kind, run):
 def _result(keys, settings, tables, merges):
     "The run of these rows."
     config = {**_nested(keys), **json.loads(settings or '{}'), 'tasks': list(dict.fromkeys(tables['matrix'].after))}
-    return Result(config, **tables, events=[_merge_event(r) for r in merges.itertuples()])
+    return Result(config, **tables, events=merges)
 
 # %% ../../nbs/6_learn/16_pack.ipynb #bfd49804
 def unpack(
@@ -163,7 +172,7 @@ def unpack(
     keys = list(df.columns[:list(df.columns).index('kind')])
     def runs(p):
         run = even(df).groupby(keys, sort=False).ngroup()
-        tables, merges = {KINDS[k][0]: _table(df, k, run) for k in KINDS}, _by_run(df[df.kind == 'merge'], run)
+        tables, merges = {KINDS[k][0]: _table(df, k, run) for k in KINDS}, _events(df, run)
         first = df[~run.duplicated()]
         said = first.settings if 'settings' in df else ['']*len(first)         # older files do not say it
         names = zip(first[keys].to_dict('records'), said)

@@ -33,8 +33,10 @@ def by_cell(
 def _each(column, convert):
     "`column.map(convert)`; of texts alone every one is converted once."
     if not pd.api.types.is_string_dtype(column): return column.map(convert)
-    return column.map({text: convert(text) for text in column.unique()})
+    new = {text: convert(text) for text in column.unique()}
+    return column.map(new) if any(a != b for a, b in new.items()) else column
 
+# %% ../../nbs/6_learn/15_saved.ipynb #7ab1e0f6
 def _read_table(path, columns, sums):
     types = dict.fromkeys(WORDS, str)
     def read(p): return pd.read_csv(io.StringIO(text_of(intact(p, sums))), keep_default_na=False, dtype=types)
