@@ -52,8 +52,9 @@ def test_what_is_stored_is_compared_with_once(tmp_path, monkeypatch, capsys):
     [run] = [r for r in measured('demo') if r.config['method'] == 'zero_shot']
     save_result(run, tmp_path/'run')
     asked = []
-    monkeypatch.setattr(figures, 'measured', lambda name='mini': asked.append(name) or measured(name))
+    monkeypatch.setattr(figures, 'measured', lambda name: asked.append(name) or measured(name))
+    monkeypatch.setattr(figures, 'known_runs', lambda: asked.append('known') or measured('mini'))
     monkeypatch.setattr(figures, 'report', lambda paths, notebooks, *_, **__: (notebooks[1].stem, []))
     monkeypatch.setattr(report, 'begin', lambda stack: [])
     assert report.main([str(tmp_path), '--quiet']) == 0
-    assert asked == ['mini', 'main'] and 'report: one_run' in capsys.readouterr().out
+    assert asked == ['known', 'main'] and 'report: one_run' in capsys.readouterr().out

@@ -27,6 +27,7 @@ def demo(*methods): return [deepcopy(r) for r in STORED_RUNS['demo'] if r.config
 @pytest.fixture(autouse=True)
 def read_once(monkeypatch):
     monkeypatch.setattr('moe_merge_nb.run.figures.measured', lambda name='mini': STORED_RUNS[name])
+    monkeypatch.setattr('moe_merge_nb.run.figures.known_runs', lambda: MINI)
 
 @pytest.mark.parametrize('name', METHODS)
 def test_a_run_of_today_with_the_usual_settings_has_just_these(name):

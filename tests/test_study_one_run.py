@@ -2,7 +2,7 @@
 from dataclasses import replace
 import numpy as np
 from scipy import stats
-from moe_merge_nb.study.measured import measured
+from moe_merge_nb.study.measured import known_runs, measured
 from moe_merge_nb.study.one_run import beside, prediction_interval, ranges, same_kind
 
 
@@ -38,3 +38,20 @@ def test_what_is_outside_is_marked():
     better = replace(mine, matrix=mine.matrix.assign(accuracy=mine.matrix.accuracy + 5))
     assert not ranges([better], measured()).inside.any()
     assert beside(ranges([better], measured())).map(lambda s: s.endswith(' !')).all(axis=None)
+
+
+def test_a_run_that_says_more_is_of_the_same_kind_both_ways():
+    of_then = next(r for r in measured('demo') if r.config['method'] == 'moe')
+    of_now = next(r for r in measured('machines') if r.config['method'] == 'moe')
+    assert len(of_now.config['experts']) > len(of_then.config['experts'])
+    assert same_kind(of_then, of_now) and same_kind(of_now, of_then)
+    other = replace(of_now, config={**of_now.config, 'experts': {**of_now.config['experts'], 'rank': 8}})
+    assert not same_kind(of_then, other) and not same_kind(other, of_then)
+
+
+def test_one_run_is_compared_with_runs_of_two_processors():
+    mine = next(r for r in measured('demo') if r.config['method'] == 'moe_merge')
+    alike = [r for r in known_runs() if same_kind(mine, r)]
+    seeds = sorted(r.config['seed'] for r in alike)
+    assert seeds == sorted(2*[0, 100, 101, 102, 103, 104])
+    assert sum('AVX2' in (r.config.get('processor') or '') for r in alike) == 6

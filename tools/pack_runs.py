@@ -3,6 +3,7 @@
     python tools/pack_runs.py            # what is in runs/; experiments that were not run stay as they are stored
     python tools/pack_runs.py FOLDER     # the same with another folder for runs/"""
 import sys
+from dataclasses import replace
 from pathlib import Path
 import pandas as pd
 from moe_merge_nb.learn.pack import load_results, pack
@@ -14,7 +15,18 @@ FULL = {  # with the experts of a few runs
     'mini': ['study', 'baselines'],
     'demo': ['demo'],
 }
-OTHERS = {'combine': ['shared', 'combine', 'combine_aligned'], 'rates': ['rates']}
+OTHERS = {
+    'combine': ['shared', 'combine', 'combine_aligned'],
+    'rates': ['rates'],
+    'photos': ['photos', 'photos_bounds'],
+    'photos_rates': ['photos_rates', 'photos_rates_full'],
+}
+
+def placeless(run: Result) -> Result:
+    "Without the folder above its images."
+    made = run.config.get('stream_made') or {}
+    if not made.get('root'): return run
+    return replace(run, config={**run.config, 'stream_made': {**made, 'root': Path(made['root']).name}})
 
 def is_finished(run: Result) -> bool:
     "Did it get to its end?"
@@ -42,7 +54,7 @@ def closed(folders: list[Path]) -> pd.DataFrame:
 def stored(name: str, folders: list[Path]) -> list[Path]:
     "The files that were made."
     if name in FULL: return store(folders, name) if folders else []
-    runs = finished(folders)
+    runs = [placeless(r) for r in finished(folders)]
     if name == 'rates' and runs: closed(folders).to_csv(FOLDER/'rates_closed.csv', index=False)
     return [pack(ordered(runs), FOLDER/f'{name}.csv.gz', (*FIELDS, *CHOICES, *MADE))] if runs else []
 
