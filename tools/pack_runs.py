@@ -18,6 +18,7 @@ FULL = {  # with the experts of a few runs
 OTHERS = {
     'combine': ['shared', 'combine', 'combine_aligned'],
     'rates': ['rates'],
+    'machines': ['machines'],
     'photos': ['photos', 'photos_bounds'],
     'photos_rates': ['photos_rates', 'photos_rates_full'],
 }
